@@ -1,0 +1,81 @@
+# Copyright: the selfhosted.agent_stack maintainers
+# Apache-2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+"""Lookup plugin: the image reference for a name."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+name: image
+author:
+  - The selfhosted.agent_stack maintainers (@selfhosted)
+version_added: 0.1.0
+short_description: The container image that stands for a name of the catalogue
+description:
+  - Decides from C(agent_stack_image_source) and C(agent_stack_image_overrides) which image a component uses.
+  - The tag of an image that is built here is a digest of everything that goes into it, so a changed source is a new image
+    and an unchanged one is never built twice.
+options:
+  _terms:
+    description: Names from the catalogue in C(roles/agent_stack/vars/main.yml).
+    required: true
+  wants:
+    description:
+      - What to return. V(reference) is the image reference, V(origin) one of V(registry), V(build) and V(archive),
+        V(base) the image that a build starts from, V(context) the directory on the controller with the build's sources.
+    type: str
+    choices: [reference, origin, base, context]
+    default: reference
+"""
+
+EXAMPLES = r"""
+- name: Show the image
+  ansible.builtin.debug:
+    msg: "{{ lookup('selfhosted.agent_stack.image', 'redis') }}"
+"""
+
+RETURN = r"""
+_raw:
+  description: One string for each name.
+  type: list
+  elements: str
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ansible.errors import AnsibleError
+from ansible.plugins.lookup import LookupBase
+
+from ..plugin_utils import _images
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+DIGESTS = ROOT / "roles" / "agent_stack" / "files" / "image-digests.json"
+
+
+class LookupModule(LookupBase):
+    def run(self, terms: list[str], variables: dict[str, Any] | None = None, **kwargs: Any) -> list[str]:
+        self.set_options(var_options=variables, direct=kwargs)
+        answer = getattr(_images, self.get_option("wants"))
+        settings = self._settings(variables or {})
+        try:
+            return [str(answer(term, settings)) for term in terms]
+        except (_images.ImageError, OSError) as error:
+            raise AnsibleError(str(error)) from error
+
+    def _settings(self, variables: dict[str, Any]) -> _images.Settings:
+        def value(name: str) -> Any:
+            return self._templar.template(variables[name])
+
+        return _images.Settings(
+            catalogue=value("__agent_stack_images"),
+            base_images=value("__agent_stack_base_images"),
+            source=value("agent_stack_image_source"),
+            collection_root=ROOT,
+            digests=json.loads(DIGESTS.read_text()),
+            overrides=value("agent_stack_image_overrides"),
+            archive_dir=value("agent_stack_image_archive_dir"),
+            build_serial=value("agent_stack_build_serial"),
+            debian_mirror=value("agent_stack_debian_mirror"),
+            ca_certificates=tuple(value("agent_stack_ca_certificates")),
+        )

@@ -1,0 +1,83 @@
+#!/usr/bin/python
+# Copyright: the selfhosted.agent_stack maintainers
+# Apache-2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+"""Documentation of the action plugin of the same name."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: generated_secrets
+short_description: Keep generated secrets in a YAML file on the controller
+version_added: 0.1.0
+description:
+  - Reads a mapping of secrets from a YAML variables file on the controller, and adds random ones for the names that it lacks.
+  - Existing values are never changed and never removed.
+  - The file is written atomically with mode C(0600). If Ansible was given a vault password, the file is encrypted with it.
+  - Runs on the controller only, whatever the host of the task is.
+options:
+  path:
+    description: The file. Its directory is created if needed.
+    type: path
+    required: true
+  variable:
+    description: Name of the variable in the file that holds the mapping.
+    type: str
+    required: true
+  names:
+    description: Names that the mapping must have.
+    type: list
+    elements: str
+    required: true
+  length:
+    description: Number of characters of a new secret, taken from letters and digits.
+    type: int
+    default: 32
+  state:
+    description:
+      - V(present) writes new secrets to the file.
+      - V(read) returns the same kind of answer, with made-up values for missing names, but writes nothing.
+    type: str
+    choices: [present, read]
+    default: present
+attributes:
+  check_mode:
+    description: In check mode nothing is written; missing secrets are made up for the run.
+    support: full
+author:
+  - The selfhosted.agent_stack maintainers (@selfhosted)
+"""
+
+EXAMPLES = r"""
+- name: Create the passwords that are missing
+  selfhosted.agent_stack.generated_secrets:
+    path: "{{ inventory_dir }}/group_vars/all/secrets.yml"
+    variable: agent_stack_secrets
+    names: [redis_agent_password]
+  register: result
+  no_log: true
+"""
+
+RETURN = r"""
+secrets:
+  description: The whole mapping, old and new.
+  returned: success
+  type: dict
+  sample: {"redis_agent_password": "VALUE_SPECIFIED_IN_NO_LOG_PARAMETER"}
+created:
+  description: Names whose values are new.
+  returned: success
+  type: list
+  elements: str
+  sample: ["redis_agent_password"]
+"""
+
+from ansible.module_utils.basic import AnsibleModule  # noqa: E402
+
+
+def main() -> None:
+    """Fail with an explanation: the action plugin does the work, and this code is never sent to a host."""
+    AnsibleModule(argument_spec={}).fail_json(msg="generated_secrets is an action plugin and runs on the controller only.")
+
+
+if __name__ == "__main__":
+    main()

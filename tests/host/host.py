@@ -1,0 +1,181 @@
+"""A throw-away server for `make demo` and molecule: a container that runs systemd, and Docker inside it.
+
+Standard library only, because it also works before the virtual environment exists.
+
+    python3 tests/host/host.py up NAME [--domain DOMAIN] [--publish 127.0.0.1:8443:443]
+    python3 tests/host/host.py down NAME
+    python3 tests/host/host.py engine        # make sure that a Docker engine answers
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+LABEL = "org.agent-stack.test-host"
+BASE = "agent-stack-test/base:trixie"
+# `--privileged` asks for CAP_SYS_RESOURCE, which an unprivileged or nested engine cannot give.
+RUN_FLAGS = [
+    "--cap-add=ALL",
+    "--cap-drop=SYS_RESOURCE",
+    "--security-opt=seccomp=unconfined",
+    "--security-opt=apparmor=unconfined",
+    "--cgroupns=host",
+    "--tmpfs=/run",
+    "--tmpfs=/run/lock",
+    "--tmpfs=/tmp",
+    "--volume=/sys/fs/cgroup:/sys/fs/cgroup:rw",
+]
+# Fails in every container, because modules are the kernel's affair.
+UNITS_THAT_MAY_FAIL = {"systemd-modules-load.service"}
+
+
+class HostError(Exception):
+    """Something about the machine or the test host; the message is for the user."""
+
+
+def run(*command: str, check: bool = True, stdin: str | None = None) -> str:
+    """Run a command and return its output; raise HostError with the last lines of it."""
+    result = subprocess.run(command, capture_output=True, text=True, check=False, input=stdin)
+    if check and result.returncode != 0:
+        tail = "\n".join((result.stdout + result.stderr).splitlines()[-20:])
+        raise HostError(f"`{' '.join(command[:6])} ...` exited with {result.returncode}:\n{tail}")
+    return result.stdout.strip()
+
+
+def engine() -> None:
+    """Make sure that a Docker engine answers: install Debian's and start it where we are root, else say what is missing."""
+    if _engine_answers():
+        return
+    if os.geteuid() != 0 or shutil.which("apt-get") is None:
+        raise HostError("No Docker engine answers `docker info`. Start Docker, or run this as root on Debian or Ubuntu, where it installs one.")
+    if shutil.which("dockerd") is None:
+        print("installing the Docker engine", flush=True)
+        run("apt-get", "update", "-q")
+        run("apt-get", "install", "-y", "-q", "--no-install-recommends", "docker.io", "iptables")
+    if Path("/run/systemd/system").is_dir():
+        run("systemctl", "start", "docker")
+    else:
+        # No init system to keep it: a session of its own lets the daemon outlive this program.
+        with open("/var/log/agent-stack-test-dockerd.log", "ab") as log:
+            subprocess.Popen(["dockerd"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    for _ in range(60):
+        if _engine_answers():
+            return
+        time.sleep(1)
+    raise HostError("The Docker engine was started, but does not answer `docker info` after 60 s.")
+
+
+def up(name: str, domain: str, publish: list[str]) -> bool:
+    """Start the host, or leave a running one alone. Return whether it was started."""
+    engine()
+    state = run("docker", "container", "inspect", "--format", "{{.State.Status}}", name, check=False)
+    if state and state != "running":
+        run("docker", "container", "start", name)
+    if not state:
+        image = _image()
+        ports = [f"--publish={port}" for port in publish]
+        run(
+            *("docker", "run", "--detach", "--name", name, "--hostname", name, "--label", f"{LABEL}={name}"),
+            *("--add-host", f"{domain}:127.0.0.1", "--volume", f"{name}-docker:/var/lib/docker"),
+            *(*RUN_FLAGS, *ports, image),
+        )
+    _wait_for_systemd(name)
+    return state != "running"
+
+
+def down(name: str) -> None:
+    """Remove the host, its volume and the images that only test hosts use."""
+    if not _engine_answers():
+        return
+    run("docker", "container", "rm", "--force", "--volumes", name, check=False)
+    run("docker", "volume", "rm", "--force", f"{name}-docker", check=False)
+    if not run("docker", "container", "ls", "--all", "--quiet", "--filter", f"label={LABEL}"):
+        images = run("docker", "image", "ls", "--quiet", "--filter", "reference=agent-stack-test/*")
+        for image in dict.fromkeys(images.split()):
+            run("docker", "image", "rm", "--force", image, check=False)
+
+
+def _engine_answers() -> bool:
+    try:
+        return subprocess.run(["docker", "info"], capture_output=True, timeout=30, check=False).returncode == 0
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return False
+
+
+def _image() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(HERE.rglob("*")):
+        if path.is_file() and path.suffix not in {".py", ".pyc"}:
+            digest.update(path.relative_to(HERE).as_posix().encode() + path.read_bytes())
+    image = f"agent-stack-test/host:{digest.hexdigest()[:12]}"
+    if not run("docker", "image", "ls", "--quiet", image):
+        _base()
+        print("building the image of the test host", flush=True)
+        run("docker", "build", "--build-arg", f"BASE_IMAGE={BASE}", "--tag", image, str(HERE))
+    return image
+
+
+def _base() -> None:
+    """Make the base image from Debian packages where we are root on Debian or Ubuntu, else pull it."""
+    if run("docker", "image", "ls", "--quiet", BASE):
+        return
+    if os.geteuid() != 0 or shutil.which("apt-get") is None:
+        run("docker", "pull", "docker.io/library/debian:trixie-slim")
+        run("docker", "tag", "docker.io/library/debian:trixie-slim", BASE)
+        return
+    if shutil.which("mmdebstrap") is None:
+        run("apt-get", "update", "-q")
+        run("apt-get", "install", "-y", "-q", "--no-install-recommends", "mmdebstrap", "debian-archive-keyring")
+    print("making a Debian base image", flush=True)
+    keyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
+    pipe = f"set -o pipefail; mmdebstrap --quiet --variant=minbase --keyring={keyring} trixie - | docker import - {BASE}"
+    run("bash", "-c", pipe)
+
+
+def _wait_for_systemd(name: str) -> None:
+    for _ in range(120):
+        state = run("docker", "exec", name, "systemctl", "is-system-running", check=False)
+        if state in {"running", "degraded"}:
+            failed = run("docker", "exec", name, "systemctl", "--failed", "--plain", "--no-legend", check=False)
+            units = {line.split()[0] for line in failed.splitlines() if line.strip()}
+            if units - UNITS_THAT_MAY_FAIL:
+                raise HostError(f"In the test host {name} these units failed: {', '.join(sorted(units - UNITS_THAT_MAY_FAIL))}.")
+            return
+        time.sleep(0.5)
+    raise HostError(f"systemd in the test host {name} is not up after 60 s.")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    up_parser = commands.add_parser("up")
+    up_parser.add_argument("name")
+    up_parser.add_argument("--domain", default="agent.localhost")
+    up_parser.add_argument("--publish", action="append", default=[])
+    down_parser = commands.add_parser("down")
+    down_parser.add_argument("name")
+    commands.add_parser("engine")
+    arguments = parser.parse_args()
+    try:
+        if arguments.command == "up":
+            up(arguments.name, arguments.domain, arguments.publish)
+        elif arguments.command == "down":
+            down(arguments.name)
+        else:
+            engine()
+    except HostError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
