@@ -11,7 +11,7 @@ author:
 version_added: 0.1.0
 short_description: The container image that stands for a name of the catalogue
 description:
-  - Decides from C(agent_stack_image_source) and C(agent_stack_image_overrides) which image a component uses.
+  - Decides from C(agent_stack_image_source), C(agent_stack_image_overrides) and C(agent_stack_image_contexts) which image a component uses.
   - The tag of an image that is built here is a digest of everything that goes into it, so a changed source is a new image
     and an unchanged one is never built twice.
 options:
@@ -21,9 +21,9 @@ options:
   wants:
     description:
       - What to return. V(reference) is the image reference, V(origin) one of V(registry), V(build) and V(archive),
-        V(base) the image that a build starts from, V(context) the directory on the controller with the build's sources.
+        V(base) the image that a build starts from, V(release) the Debian release in it, V(context) the directory on the controller with the build's sources.
     type: str
-    choices: [reference, origin, base, context]
+    choices: [reference, origin, base, release, context]
     default: reference
 """
 
@@ -74,6 +74,7 @@ class LookupModule(LookupBase):
             collection_root=ROOT,
             digests=json.loads(DIGESTS.read_text()),
             overrides=value("agent_stack_image_overrides"),
+            contexts=value("agent_stack_image_contexts"),
             archive_dir=value("agent_stack_image_archive_dir"),
             build_serial=value("agent_stack_build_serial"),
             debian_mirror=value("agent_stack_debian_mirror"),

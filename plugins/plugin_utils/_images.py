@@ -29,6 +29,7 @@ class Settings:
     collection_root: Path
     digests: Mapping[str, str] = field(default_factory=dict)
     overrides: Mapping[str, str] = field(default_factory=dict)
+    contexts: Mapping[str, str] = field(default_factory=dict)
     archive_dir: str = ""
     build_serial: int = 1
     debian_mirror: str = ""
@@ -39,6 +40,8 @@ def origin(name: str, settings: Settings) -> str:
     """Return how the image gets onto the host: `registry`, `build` or `archive`. Raises ImageError for a name or way that does not exist."""
     if name in settings.overrides:
         return "registry"
+    if name in settings.contexts:
+        return "build"
     entry = _entry(name, settings)
     if settings.source == "archive":
         return "archive"
@@ -68,7 +71,7 @@ def reference(name: str, settings: Settings) -> str:
 
 def base(name: str, settings: Settings) -> str:
     """Return the reference of the image that a build of `name` starts from. Raises ImageError."""
-    suite = str(_entry(name, settings)["base"])
+    suite = release(name, settings)
     if settings.source == "registry":
         tagged = settings.base_images[suite]
         digest = settings.digests.get(tagged)
@@ -79,8 +82,15 @@ def base(name: str, settings: Settings) -> str:
     return f"agent-stack/base-{suite}:{digest.hexdigest()[:TAG_LENGTH]}"
 
 
+def release(name: str, settings: Settings) -> str:
+    """Return the Debian release that a build of `name` stands on. Raises ImageError."""
+    return "trixie" if name in settings.contexts else str(_entry(name, settings)["base"])
+
+
 def context(name: str, settings: Settings) -> Path:
-    """Return the build context's directory on the controller."""
+    """Return the build context's directory on the controller. Raises ImageError."""
+    if name in settings.contexts:
+        return Path(settings.contexts[name])
     return settings.collection_root / str(_entry(name, settings)["context"])
 
 

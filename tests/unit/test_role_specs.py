@@ -1,0 +1,52 @@
+"""Each role's argument_specs say the same as its defaults, values included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROLES = sorted((Path(__file__).resolve().parents[2] / "roles").iterdir())
+CASTS = {"str": str, "path": str, "int": int, "float": (int, float), "bool": bool, "list": list, "dict": dict}
+
+
+def read(path: Path) -> Any:
+    return yaml.safe_load(path.read_text()) or {}
+
+
+def options(role: Path) -> dict[str, Any]:
+    specs = read(role / "meta" / "argument_specs.yml")["argument_specs"]
+    return {name: option for entry in specs.values() for name, option in entry["options"].items()}
+
+
+@pytest.mark.parametrize("role", ROLES, ids=lambda role: role.name)
+def test_spec_equals_defaults(role: Path) -> None:
+    documented = {name: option["default"] for name, option in options(role).items() if "default" in option}
+    assert documented == read(role / "defaults" / "main.yml")
+
+
+@pytest.mark.parametrize("role", ROLES, ids=lambda role: role.name)
+def test_options_without_default_are_required(role: Path) -> None:
+    assert [name for name, option in options(role).items() if ("default" in option) == bool(option.get("required"))] == []
+
+
+@pytest.mark.parametrize("role", ROLES, ids=lambda role: role.name)
+def test_every_option_is_described_and_its_default_has_its_type(role: Path) -> None:
+    for name, option in options(role).items():
+        assert option["description"], name
+        default = option.get("default")
+        if default is not None and not (isinstance(default, str) and "{{" in default):
+            assert isinstance(default, CASTS[option["type"]]), name
+
+
+@pytest.mark.parametrize("role", [role for role in ROLES if role.name != "agent_stack"], ids=lambda role: role.name)
+def test_check_takes_what_main_takes(role: Path) -> None:
+    specs = read(role / "meta" / "argument_specs.yml")["argument_specs"]
+    assert specs["check"] == specs["main"]
+
+
+def test_every_role_is_checked_before_the_first_change() -> None:
+    checked = read(ROLES[0].parent / "agent_stack" / "vars" / "main.yml")["__agent_stack_roles"]
+    assert sorted([*checked, "agent_stack"]) == [role.name for role in ROLES]
