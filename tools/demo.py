@@ -63,9 +63,9 @@ class Phases:
         print(f"== {name}: {self.seconds[name]:.0f} s", flush=True)
 
 
-def on_host(*command: str, stdin: str | None = None) -> str:
+def on_host(*command: str, stdin: str | None = None, check: bool = True) -> str:
     """Run a command on the demo host and return its output. Raises HostError."""
-    return test_host.run("docker", "exec", "-i", NAME, *command, stdin=stdin)
+    return test_host.run("docker", "exec", "-i", NAME, *command, stdin=stdin, check=check)
 
 
 def play() -> None:

@@ -1,0 +1,149 @@
+"""Who can reach what, and where secrets are: asked of the running host."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from .conftest import Play
+
+Containers = Callable[[], dict[str, dict[str, Any]]]
+OPEN_PORTS = {22, 80, 443}
+# A rotated password with everything that quotes badly. It doubles as the canary that must appear nowhere.
+ODD = "q$z'w\"e\\r#t%y@u:i/o{p}a s"
+
+
+def test_only_the_front_door_listens(on_host: Callable[..., str]) -> None:
+    lines = on_host("ss", "--listening", "--tcp", "--udp", "--numeric", "--no-header").splitlines()
+    addresses = {line.split()[4] for line in lines if line.split()[1] in {"LISTEN", "UNCONN"}}
+    outside = {address for address in addresses if not re.match(r"127\.|\[::1\]", address)}
+    assert {int(address.rpartition(":")[2]) for address in outside} <= OPEN_PORTS
+    assert any(address.endswith(":443") for address in outside)
+
+
+def test_docker_publishes_on_loopback_only(containers: Containers) -> None:
+    published = {
+        name: binding["HostIp"]
+        for name, item in containers().items()
+        for bindings in item["NetworkSettings"]["Ports"].values()
+        for binding in bindings or []
+    }
+    assert "agent-stack-agent-agent-1" in published
+    assert set(published.values()) == {"127.0.0.1"}
+
+
+def test_every_container_is_confined(containers: Containers) -> None:
+    for name, item in containers().items():
+        host = item["HostConfig"]
+        assert host["ReadonlyRootfs"], name
+        assert host["CapDrop"] == ["ALL"], name
+        assert "no-new-privileges:true" in host["SecurityOpt"], name
+        assert item["Config"]["User"].split(":")[0] not in {"", "0", "root"}, name
+        assert host["PidsLimit"], name
+        assert host["RestartPolicy"]["Name"] == "unless-stopped", name
+        assert not any(mount["Source"].endswith("docker.sock") for mount in item["Mounts"]), name
+
+
+def python_in(on_host: Callable[..., str], container: str, code: str) -> str:
+    return on_host("docker", "exec", container, "python3", "-c", code, check=False)
+
+
+STATUS = """
+import urllib.request, urllib.error
+try:
+    print(urllib.request.urlopen({url!r}, timeout=5).status)
+except urllib.error.HTTPError as error:
+    print(error.code)
+except OSError as error:
+    print('unreachable')
+"""
+
+
+@pytest.mark.parametrize(
+    ("url", "answer"),
+    [
+        ("http://gateway.inference.internal:8000/v1/models", "200"),
+        ("http://gateway.inference.internal:8000/metrics", "404"),
+        ("http://gateway.inference.internal:8000/invocations", "404"),
+        ("http://vllm:8000/v1/models", "unreachable"),
+        ("http://1.1.1.1/", "unreachable"),
+    ],
+)
+def test_what_the_agent_reaches(on_host: Callable[..., str], url: str, answer: str) -> None:
+    assert python_in(on_host, "agent-stack-agent-agent-1", STATUS.format(url=url)) == answer
+
+
+def test_the_model_has_no_way_out_and_nobody_else_reaches_it(on_host: Callable[..., str], containers: Containers) -> None:
+    assert python_in(on_host, "agent-stack-vllm-vllm-1", STATUS.format(url="http://1.1.1.1/")) == "unreachable"
+    networks = {name: set(item["NetworkSettings"]["Networks"]) for name, item in containers().items()}
+    gateway = containers()["agent-stack-vllm-gateway-1"]["NetworkSettings"]["Networks"]
+    assert {name for name, joined in networks.items() if "agent-stack-model" in joined} == {"agent-stack-vllm-vllm-1", "agent-stack-vllm-gateway-1"}
+    assert {name for name, joined in networks.items() if "agent-stack-inference" in joined} == {
+        "agent-stack-agent-agent-1",
+        "agent-stack-vllm-gateway-1",
+    }
+    # The gateway's API port answers on the inference network's address alone.
+    monitor = gateway["agent-stack-monitor"]["IPAddress"]
+    probe = STATUS.format(url=f"http://{monitor}:8000/v1/models")
+    assert python_in(on_host, "agent-stack-agent-agent-1", probe) == "unreachable"
+    metrics = STATUS.format(url=f"http://{monitor}:8001/v1/models")
+    assert python_in(on_host, "agent-stack-agent-agent-1", metrics) == "404"
+
+
+def traces(on_host: Callable[..., str], containers: Containers) -> dict[str, str]:
+    """Every place where a secret could show up."""
+    names = sorted(containers())
+    return {
+        "docker inspect": json.dumps(containers()),
+        "docker history": "".join(on_host("docker", "history", "--no-trunc", item["Image"]) for item in containers().values()),
+        "container logs": "".join(on_host("sh", "-c", f"docker logs {name} 2>&1") for name in names),
+        "ps": on_host("ps", "-eww", "-o", "args"),
+        "environments": on_host("sh", "-c", "cat /proc/[0-9]*/environ 2>/dev/null | tr '\\0' '\\n'", check=False),
+        "journal": on_host("journalctl", "--no-pager", "--boot"),
+        "nginx logs": on_host("sh", "-c", "cat /var/log/nginx/*.log"),
+        "compose files": on_host("sh", "-c", "cat /opt/agent-stack/*/compose.yml"),
+        "world-readable files": on_host("sh", "-c", "find /opt/agent-stack /etc/nginx /etc/systemd/system -type f -perm -o=r -exec cat {} +"),
+    }
+
+
+def forms(secret: str) -> set[str]:
+    """A secret as such, and as JSON writes it."""
+    return {secret, json.dumps(secret)[1:-1]}
+
+
+def test_rotation_takes_effect_and_leaves_no_trace(
+    play: Callable[..., Play], on_host: Callable[..., str], containers: Containers, secrets: dict[str, str], tmp_path: Any, wait_until_ready: Callable[[float], float]
+) -> None:
+    variables = tmp_path / "rotated.json"
+    variables.write_text(json.dumps(dict.fromkeys(("postgres_agent_password", "redis_agent_password", "nginx_certbot_password"), ODD)))
+    tags = ("--tags", "postgres,redis,agent,nginx_certbot")
+    result = play(*tags, "-vvv", "--diff", "-e", f"@{variables}")
+    try:
+        assert result.returncode == 0, result.output[-3000:]
+        assert result.recap["changed"] > 0
+        wait_until_ready(60)
+        odd_login = on_host("sh", "-c", "cat > /run/curl && curl --config /run/curl; rm /run/curl", stdin=curl_config(ODD))
+        old_login = on_host("sh", "-c", "cat > /run/curl && curl --config /run/curl; rm /run/curl", stdin=curl_config(secrets["nginx_certbot_password"]))
+        assert (odd_login, old_login) == ("422", "401")
+        places = {"the play's output": result.output, **traces(on_host, containers)}
+        found = {place for place, text in places.items() for secret in (ODD, *secrets.values()) for form in forms(secret) if form in text}
+        assert found == set()
+        again = play(*tags, "-e", f"@{variables}")
+        assert again.recap["changed"] == 0, again.output[-6000:]
+    finally:
+        back = play(*tags)
+    assert back.returncode == 0, back.output[-3000:]
+    wait_until_ready(60)
+
+
+def curl_config(password: str) -> str:
+    """A request that passes the login and is refused by the agent, as curl's configuration: passwords in arguments would show in ps."""
+    escaped = password.replace("\\", "\\\\").replace('"', '\\"')
+    return (
+        f'user = "agent:{escaped}"\nurl = "https://agent.localhost/chat"\ncacert = "/var/lib/pebble/roots.pem"\nsilent\noutput = "/dev/null"\n'
+        'write-out = "%{http_code}"\nheader = "Content-Type: application/json"\ndata = "{}"\n'
+    )

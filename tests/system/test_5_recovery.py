@@ -1,0 +1,68 @@
+"""What dies comes back: every container's process killed, and the host restarted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import demo
+import host as test_host
+
+Containers = Callable[[], dict[str, dict[str, Any]]]
+# The project's promise: any one container's process killed, and /ready answers again within this.
+SECONDS = 30
+
+
+def test_killed_containers_come_back(on_host: Callable[..., str], containers: Containers, wait_until_ready: Callable[[float], float]) -> None:
+    wait_until_ready(60)
+    durations = {}
+    for name, item in sorted(containers().items()):
+        # The process itself, because Docker takes `docker kill` for a wish and would not restart the container.
+        on_host("kill", "-9", str(item["State"]["Pid"]))
+        started = time.monotonic()
+        while True:
+            state = containers().get(name, {}).get("State", {})
+            healthy = state.get("Health", {}).get("Status", "healthy") == "healthy"
+            back = state.get("Running") and state["Pid"] != item["State"]["Pid"] and healthy
+            if back:
+                wait_until_ready(SECONDS)
+                break
+            assert time.monotonic() - started < SECONDS, f"{name} is not back after {SECONDS} s: {state}"
+            time.sleep(0.5)
+        durations[name] = round(time.monotonic() - started, 1)
+        assert durations[name] < SECONDS, durations
+    print(f"back after: {durations}")
+    assert {"agent-stack-vllm-vllm-1", "agent-stack-postgres-postgres-1", "agent-stack-agent-agent-1"} <= set(durations)
+
+
+def test_restarted_host_brings_everything_back(on_host: Callable[..., str], containers: Containers, wait_until_ready: Callable[[float], float]) -> None:
+    before = set(containers())
+    count = ("docker", "exec", "-i", "agent-stack-postgres-postgres-1", "psql", "--username=postgres", "--dbname=agent", "-At")
+    rows = int(on_host(*count, stdin="SELECT count(*) FROM checkpoints"))
+    assert rows > 0
+    test_host.run("docker", "restart", "--time", "180", demo.NAME)
+    test_host.up(demo.NAME, demo.DOMAIN, [])
+    seconds = wait_until_ready(180)
+    print(f"ready {seconds:.0f} s after systemd")
+    deadline = time.monotonic() + 120
+    while set(containers()) != before and time.monotonic() < deadline:
+        time.sleep(1)
+    assert set(containers()) == before
+    for component in ("postgres", "redis", "vllm", "agent", "monitoring"):
+        unit = f"agent-stack@{component}.service"
+        while on_host("systemctl", "is-active", unit, check=False) == "activating" and time.monotonic() < deadline:
+            time.sleep(1)
+        assert on_host("systemctl", "is-active", unit, check=False) == "active", on_host("systemctl", "status", "--no-pager", unit, check=False)
+    assert int(on_host(*count, stdin="SELECT count(*) FROM checkpoints")) == rows
+
+
+def test_stop_and_start_by_systemd(on_host: Callable[..., str], containers: Containers, wait_until_ready: Callable[[float], float]) -> None:
+    on_host("systemctl", "stop", "agent-stack@redis.service")
+    assert "agent-stack-redis-redis-1" not in containers()
+    on_host("systemctl", "start", "agent-stack@redis.service")
+    assert "agent-stack-redis-redis-1" in containers()
+    before = containers()["agent-stack-redis-redis-1"]["State"]["StartedAt"]
+    on_host("systemctl", "reload", "agent-stack@redis.service")
+    assert containers()["agent-stack-redis-redis-1"]["State"]["StartedAt"] != before
+    wait_until_ready(30)
