@@ -105,9 +105,7 @@ def request(port: int, path: str, body: dict[str, Any] | None = None, password: 
         headers["Authorization"] = "Basic " + base64.b64encode(f"agent:{password}".encode()).decode()
     data = None if body is None else json.dumps(body).encode()
     question = urllib.request.Request(f"https://{DOMAIN}:{port}{path}", data=data, headers=headers)
-    opener = urllib.request.build_opener(
-        urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile=str(CA_FILE)))
-    )
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile=str(CA_FILE))))
     try:
         with opener.open(question, timeout=180) as answer:
             return answer.status, json.loads(answer.read() or b"{}")
@@ -166,7 +164,8 @@ def prove(port: int, password: str) -> float:
     found = f"{second_tokens['prompt_tokens']:.0f} prompt tokens after {history:.0f} in the first turn"
     expect("the earlier turn reaches the model", found, second_tokens["prompt_tokens"] >= history)
 
-    query = f"SELECT count(*) FROM checkpoints WHERE thread_id = '{first['thread_id']}'"
+    # The id is the agent's own answer.
+    query = f"SELECT count(*) FROM checkpoints WHERE thread_id = '{first['thread_id']}'"  # noqa: S608
     container = "agent-stack-postgres-postgres-1"
     rows = on_host("docker", "exec", "-i", container, "psql", "--username=postgres", "--dbname=agent", "-At", stdin=query)
     expect("the conversation is in Postgres", f"{rows} rows in checkpoints", int(rows) > 0)
@@ -197,7 +196,7 @@ def run(port: int) -> None:
     print(f"\nThe stack answers at https://{DOMAIN}:{port}/ (its certificate authority: {CA_FILE.relative_to(ROOT)}).")
     print(f"User `agent`; the password is nginx_certbot_password in {SECRETS.relative_to(ROOT)}. For example:\n")
     print(f"  curl --cacert {CA_FILE.relative_to(ROOT)} --resolve {DOMAIN}:{port}:127.0.0.1 --user agent \\")
-    print(f"    --json '{{\"message\": \"Hello\"}}' https://{DOMAIN}:{port}/chat\n")
+    print(f'    --json \'{{"message": "Hello"}}\' https://{DOMAIN}:{port}/chat\n')
     for name, seconds in phases.seconds.items():
         print(f"{seconds:6.0f} s  {name}")
     print(f"{sum(phases.seconds.values()):6.0f} s  in all; the model wrote {tokens_per_second:.1f} tokens/s")

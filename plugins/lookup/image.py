@@ -40,14 +40,14 @@ _raw:
   elements: str
 """
 
-import json
-from pathlib import Path
-from typing import Any
+import json  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
 
-from ansible.errors import AnsibleError
-from ansible.plugins.lookup import LookupBase
+from ansible.errors import AnsibleError  # noqa: E402
+from ansible.plugins.lookup import LookupBase  # noqa: E402
 
-from ..plugin_utils import _images
+from ..plugin_utils import _images  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DIGESTS = ROOT / "roles" / "agent_stack" / "files" / "image-digests.json"

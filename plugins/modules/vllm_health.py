@@ -84,7 +84,6 @@ from urllib.error import HTTPError, URLError  # noqa: E402
 from urllib.request import Request, urlopen  # noqa: E402
 
 from ansible.module_utils.basic import AnsibleModule  # noqa: E402
-
 from ansible_collections.selfhosted.agent_stack.plugins.module_utils import _vllm_api  # noqa: E402
 
 

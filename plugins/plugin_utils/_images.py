@@ -59,8 +59,8 @@ def reference(name: str, settings: Settings) -> str:
         return str(settings.overrides[name])
     if way == "registry":
         tagged = str(_entry(name, settings)["reference"])
-        digest = settings.digests.get(tagged)
-        return f"{tagged}@{digest}" if digest else tagged
+        pinned = settings.digests.get(tagged)
+        return f"{tagged}@{pinned}" if pinned else tagged
     if way == "archive":
         return f"agent-stack/{name}:{_archive_checksum(name, settings)[:TAG_LENGTH]}"
     digest = hashlib.sha256(f"{base(name, settings)}\n{settings.build_serial}\n".encode())
@@ -74,8 +74,8 @@ def base(name: str, settings: Settings) -> str:
     suite = release(name, settings)
     if settings.source == "registry":
         tagged = settings.base_images[suite]
-        digest = settings.digests.get(tagged)
-        return f"{tagged}@{digest}" if digest else tagged
+        pinned = settings.digests.get(tagged)
+        return f"{tagged}@{pinned}" if pinned else tagged
     digest = hashlib.sha256(f"{suite}\n{settings.debian_mirror}\n{settings.build_serial}\n".encode())
     for certificate in settings.ca_certificates:
         digest.update(Path(certificate).read_bytes())

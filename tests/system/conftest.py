@@ -14,7 +14,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ def wait_until_ready(on_host: Callable[..., str]) -> Callable[[float], float]:
 
 
 @pytest.fixture(scope="session")
-def https() -> Iterator[Callable[..., tuple[int, bytes]]]:
+def https() -> Callable[..., tuple[int, bytes]]:
     """Ask nginx through the published port, with raw bodies; return status and body."""
     context = ssl.create_default_context(cafile=str(demo.CA_FILE))
     port = test_host.run("docker", "port", demo.NAME, "443/tcp").rpartition(":")[2]
@@ -123,4 +123,4 @@ def https() -> Iterator[Callable[..., tuple[int, bytes]]]:
         except urllib.error.HTTPError as error:
             return error.code, error.read()
 
-    yield ask
+    return ask

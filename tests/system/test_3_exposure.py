@@ -27,10 +27,7 @@ def test_only_the_front_door_listens(on_host: Callable[..., str]) -> None:
 
 def test_docker_publishes_on_loopback_only(containers: Containers) -> None:
     published = {
-        name: binding["HostIp"]
-        for name, item in containers().items()
-        for bindings in item["NetworkSettings"]["Ports"].values()
-        for binding in bindings or []
+        name: binding["HostIp"] for name, item in containers().items() for bindings in item["NetworkSettings"]["Ports"].values() for binding in bindings or []
     }
     assert "agent-stack-agent-agent-1" in published
     assert set(published.values()) == {"127.0.0.1"}
@@ -94,6 +91,9 @@ def test_the_model_has_no_way_out_and_nobody_else_reaches_it(on_host: Callable[.
     assert python_in(on_host, "agent-stack-agent-agent-1", metrics) == "404"
 
 
+WORLD_READABLE = "find /opt/agent-stack /etc/nginx /etc/systemd/system -type f -perm -o=r -exec cat {} +"
+
+
 def traces(on_host: Callable[..., str], containers: Containers) -> dict[str, str]:
     """Every place where a secret could show up."""
     names = sorted(containers())
@@ -106,7 +106,7 @@ def traces(on_host: Callable[..., str], containers: Containers) -> dict[str, str
         "journal": on_host("journalctl", "--no-pager", "--boot"),
         "nginx logs": on_host("sh", "-c", "cat /var/log/nginx/*.log"),
         "compose files": on_host("sh", "-c", "cat /opt/agent-stack/*/compose.yml"),
-        "world-readable files": on_host("sh", "-c", "find /opt/agent-stack /etc/nginx /etc/systemd/system -type f -perm -o=r -exec cat {} +"),
+        "world-readable files": on_host("sh", "-c", WORLD_READABLE),
     }
 
 
@@ -116,7 +116,12 @@ def forms(secret: str) -> set[str]:
 
 
 def test_rotation_takes_effect_and_leaves_no_trace(
-    play: Callable[..., Play], on_host: Callable[..., str], containers: Containers, secrets: dict[str, str], tmp_path: Any, wait_until_ready: Callable[[float], float]
+    play: Callable[..., Play],
+    on_host: Callable[..., str],
+    containers: Containers,
+    secrets: dict[str, str],
+    tmp_path: Any,
+    wait_until_ready: Callable[[float], float],
 ) -> None:
     variables = tmp_path / "rotated.json"
     variables.write_text(json.dumps(dict.fromkeys(("postgres_agent_password", "redis_agent_password", "nginx_certbot_password"), ODD)))
@@ -126,9 +131,8 @@ def test_rotation_takes_effect_and_leaves_no_trace(
         assert result.returncode == 0, result.output[-3000:]
         assert result.recap["changed"] > 0
         wait_until_ready(60)
-        odd_login = on_host("sh", "-c", "cat > /run/curl && curl --config /run/curl; rm /run/curl", stdin=curl_config(ODD))
-        old_login = on_host("sh", "-c", "cat > /run/curl && curl --config /run/curl; rm /run/curl", stdin=curl_config(secrets["nginx_certbot_password"]))
-        assert (odd_login, old_login) == ("422", "401")
+        logins = [on_host("curl", "--config", "-", stdin=curl_config(password)) for password in (ODD, secrets["nginx_certbot_password"])]
+        assert logins == ["422", "401"]
         places = {"the play's output": result.output, **traces(on_host, containers)}
         found = {place for place, text in places.items() for secret in (ODD, *secrets.values()) for form in forms(secret) if form in text}
         assert found == set()

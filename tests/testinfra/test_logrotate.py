@@ -32,6 +32,7 @@ def test_container_logs_are_left_to_docker(rules: CommandResult) -> None:
 
 def test_sizes_are_looked_at_every_hour(host: Host) -> None:
     timer = host.service("logrotate.timer")
-    assert timer.is_running and timer.is_enabled
+    assert timer.is_running
+    assert timer.is_enabled
     schedule = host.check_output("systemctl show logrotate.timer --property=TimersCalendar --value")
     assert re.findall(r"OnCalendar=([^;]+?) ;", schedule) == ["*-*-* *:00:00"]

@@ -42,7 +42,7 @@ def edge(host: Host) -> Edge:
 
 def test_nginx_runs_and_its_configuration_is_clean(host: Host, edge: Edge) -> None:
     service = host.service("nginx")
-    assert service.is_running and service.is_enabled, host.run("journalctl -u nginx -n 30 --no-pager").stdout
+    assert (service.is_running, service.is_enabled) == (True, True), host.run("journalctl -u nginx -n 30 --no-pager").stdout
     assert edge.dump.rc == 0
     assert "[warn]" not in edge.dump.stderr
 
@@ -130,5 +130,6 @@ def test_renewal_is_on(host: Host, edge: Edge) -> None:
     if not edge.certificate.startswith("/etc/letsencrypt/live/"):
         pytest.skip("the host serves its self-signed certificate")
     timer = host.service("certbot.timer")
-    assert timer.is_running and timer.is_enabled
+    assert timer.is_running
+    assert timer.is_enabled
     assert host.run("test -x /etc/letsencrypt/renewal-hooks/deploy/agent-stack-nginx").rc == 0

@@ -9,14 +9,14 @@ import pytest
 import yaml
 
 ROLES = sorted((Path(__file__).resolve().parents[2] / "roles").iterdir())
-CASTS = {"str": str, "path": str, "int": int, "float": (int, float), "bool": bool, "list": list, "dict": dict}
+CASTS: dict[str, Any] = {"str": str, "path": str, "int": int, "float": (int, float), "bool": bool, "list": list, "dict": dict}
 
 
 class Loader(yaml.SafeLoader):
     """Reads Ansible's `!unsafe`: without it Ansible would template a documented default, and could print a secret with it."""
 
 
-Loader.add_constructor("!unsafe", lambda loader, node: loader.construct_scalar(node))
+Loader.add_constructor("!unsafe", lambda loader, node: str(node.value))
 
 
 def read(path: Path) -> Any:
