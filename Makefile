@@ -29,3 +29,56 @@ demo: venv
 ## make demo-clean    remove all that `make demo` made
 demo-clean: venv
 	$(BIN)/python tools/demo.py clean
+
+## make test          everything that CI runs; under 45 minutes on two cores
+test: lint unit agent-test promtool-test molecule system-test
+	@echo "== all tests passed"
+
+## make lint          ansible-lint (production), yamllint, ruff, mypy
+lint: venv
+	ruff check . && ruff format --check .
+	cd files/agent && ruff check . && ruff format --check .
+	mypy tools plugins/plugin_utils plugins/module_utils plugins/modules plugins/lookup plugins/action tests/unit tests/system tests/testinfra tests/promtool tests/host
+	yamllint --strict .
+	ansible-lint --strict --offline
+
+## make unit          tables over the plugins, role specifications against defaults, metric names
+unit: venv
+	python -m pytest -q tests/unit
+
+## make agent-test    the agent service against real Postgres and Redis
+agent-test: .cache/agent-venv/.complete
+	sh tests/packages.sh
+	cd files/agent && $(CURDIR)/.cache/agent-venv/bin/python -m mypy --strict src && $(CURDIR)/.cache/agent-venv/bin/python -m pytest -q
+
+.cache/agent-venv/.complete: .venv/.complete files/agent/requirements-test.lock
+	$(PYTHON) -m venv --clear .cache/agent-venv
+	uv pip install --quiet --python .cache/agent-venv/bin/python --require-hashes -r files/agent/requirements-test.lock
+	touch $@
+
+## make promtool-test promtool test rules, for every alert
+promtool-test: venv
+	sh tests/packages.sh
+	python -m pytest -q tests/promtool
+
+## make molecule      the whole stack with a scripted model server: check, converge, verify, idempotence, verify
+molecule: venv
+	python tests/host/host.py engine
+	python tools/machine.py .cache/machine.json
+	molecule test -s default
+
+## make system-test   make demo (a real model on the CPU), then drills on its host: second run, bad input, secrets, recovery
+system-test: demo
+	python -m pytest -q -x --durations=10 -rP tests/system
+
+## make pin-images    ask the registries for the digests of all images, and use them from then on
+pin-images: venv
+	python tools/pin_images.py
+
+## make lock          write the lock files again from their .in files
+lock: venv
+	$(COMPILE) requirements-dev.in -o requirements-dev.lock
+	cd files/agent && $(COMPILE) requirements.in -o requirements.lock
+	cd files/agent && $(COMPILE) -c requirements.lock requirements-test.in -o requirements-test.lock
+
+COMPILE := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header

@@ -1,0 +1,87 @@
+"""The failures that a client is told about, each with its status, code and sentence."""
+
+
+class ServiceError(Exception):
+    status = 500
+    code = "internal_error"
+    message = "Something went wrong here. It has been logged under this id."
+    retry_after: int | None = None
+
+    def __init__(self, message: str | None = None, *, retry_after: int | None = None) -> None:
+        self.message = message or self.message
+        self.retry_after = retry_after or self.retry_after
+        super().__init__(self.message)
+
+
+class InvalidJson(ServiceError):
+    status = 400
+    code = "invalid_json"
+    message = "The body is not valid JSON."
+
+
+class BodyTooLarge(ServiceError):
+    status = 413
+    code = "body_too_large"
+    message = "The body is too large."
+
+
+class UnsupportedMediaType(ServiceError):
+    status = 415
+    code = "unsupported_media_type"
+    message = "The body must be sent as application/json."
+
+
+class InvalidRequest(ServiceError):
+    status = 422
+    code = "invalid_request"
+
+
+class ConversationTooLong(ServiceError):
+    status = 422
+    code = "conversation_too_long"
+    message = "The conversation no longer fits the model. Send a shorter message or start a new thread."
+
+
+class TooManySteps(ServiceError):
+    status = 422
+    code = "too_many_steps"
+    message = "The agent found no answer within the number of steps it may take."
+
+
+class RateLimited(ServiceError):
+    status = 429
+    code = "rate_limited"
+    message = "Too many requests. Try again later."
+
+
+class ModelFailed(ServiceError):
+    status = 502
+    code = "model_failed"
+    message = "The model gave no usable answer."
+
+
+class ModelUnavailable(ServiceError):
+    status = 503
+    code = "model_unavailable"
+    message = "The model cannot be reached at the moment."
+    retry_after = 5
+
+
+class StorageUnavailable(ServiceError):
+    status = 503
+    code = "storage_unavailable"
+    message = "The conversation cannot be stored at the moment."
+    retry_after = 5
+
+
+class ShuttingDown(ServiceError):
+    status = 503
+    code = "shutting_down"
+    message = "The service is stopping."
+    retry_after = 5
+
+
+class TurnTimeout(ServiceError):
+    status = 504
+    code = "turn_timeout"
+    message = "The answer took too long."

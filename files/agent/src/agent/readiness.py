@@ -1,0 +1,92 @@
+"""Whether a turn could succeed now: asked of the things themselves, briefly, all at once."""
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Awaitable, Callable, Mapping
+
+import httpx
+from langgraph.checkpoint.postgres.aio import AsyncPostgresSaver
+from redis.asyncio import Redis
+
+from agent.database import Pool
+from agent.metrics import Metrics
+from agent.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+PROBE_SECONDS = 2
+CACHE_SECONDS = 1
+
+Probe = Callable[[], Awaitable[None]]
+
+
+class NotReady(Exception):
+    """Why a probe failed, for the log."""
+
+
+class Readiness:
+    def __init__(self, probes: Mapping[str, Probe], metrics: Metrics) -> None:
+        self._probes = probes
+        self._metrics = metrics
+        self._lock = asyncio.Lock()
+        self._checked_at = -math.inf
+        self._failing: list[str] = []
+        self._abandoned: set[asyncio.Task[None]] = set()
+
+    async def failing(self) -> list[str]:
+        """The names of what is not ready, at most CACHE_SECONDS old."""
+        async with self._lock:
+            if time.monotonic() - self._checked_at >= CACHE_SECONDS:
+                self._failing = await self._probe()
+                self._checked_at = time.monotonic()
+            return self._failing
+
+    async def _probe(self) -> list[str]:
+        tasks = {name: asyncio.ensure_future(probe()) for name, probe in self._probes.items()}
+        _, late = await asyncio.wait(tasks.values(), timeout=PROBE_SECONDS)
+        for task in late:
+            # Not awaited: a driver may take seconds to give up a dead connection.
+            task.cancel()
+            self._abandoned.add(task)
+            task.add_done_callback(self._abandoned.discard)
+        failing = []
+        for name, task in tasks.items():
+            error = NotReady("no answer in time") if task in late else task.exception()
+            self._metrics.ready.labels(name).set(error is None)
+            if error is not None:
+                failing.append(name)
+                logger.warning("not ready", extra={"dependency": name, "error": f"{type(error).__name__}: {error}"})
+        return failing
+
+
+def postgres_probe(pool: Pool) -> Probe:
+    async def probe() -> None:
+        async with pool.connection(timeout=PROBE_SECONDS) as connection:
+            row = await (await connection.execute("SELECT count(*) AS n FROM checkpoint_migrations")).fetchone()
+        if row is None or row["n"] < len(AsyncPostgresSaver.MIGRATIONS):
+            raise NotReady("migrations are missing")
+
+    return probe
+
+
+def redis_probe(redis: "Redis") -> Probe:
+    async def probe() -> None:
+        await redis.ping()
+
+    return probe
+
+
+def model_probe(settings: Settings, client: httpx.AsyncClient) -> Probe:
+    key = settings.model_api_key
+    headers = {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
+
+    async def probe() -> None:
+        answer = await client.get(f"{settings.model_base_url}/models", headers=headers)
+        if answer.status_code != httpx.codes.OK:
+            raise NotReady(f"status {answer.status_code}")
+        if settings.model_name not in [model["id"] for model in answer.json()["data"]]:
+            raise NotReady(f"no model is named {settings.model_name}")
+
+    return probe

@@ -1,0 +1,72 @@
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from servers import Agent, Model, Postgres, Redis, environment, migrate
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    server = Postgres()
+    yield server
+    server.remove()
+
+
+@pytest.fixture(scope="session")
+def redis() -> Iterator[Redis]:
+    server = Redis()
+    yield server
+    server.remove()
+
+
+@pytest.fixture(scope="session")
+def model_process() -> Iterator[Model]:
+    server = Model()
+    yield server
+    server.remove()
+
+
+@pytest.fixture
+def model(model_process: Model) -> Iterator[Model]:
+    model_process.control(clear=True)
+    yield model_process
+    if model_process.process is None:
+        model_process.start()
+    model_process.control(clear=True)
+
+
+@pytest.fixture(scope="session")
+def migrated(postgres: Postgres, redis: Redis, model_process: Model) -> Postgres:
+    run = migrate(environment(postgres, redis, model_process, postgres.directory))
+    assert run.returncode == 0, run.stderr
+    return postgres
+
+
+@pytest.fixture(scope="session")
+def agent_process(migrated: Postgres, redis: Redis, model_process: Model) -> Iterator[Agent]:
+    service = Agent(migrated, redis, model_process)
+    service.start()
+    yield service
+    service.remove()
+
+
+@pytest.fixture
+def agent(agent_process: Agent, model: Model) -> Agent:
+    """The service with everything in order around it."""
+    return agent_process
+
+
+@pytest.fixture
+def start_agent(migrated: Postgres, redis: Redis, model: Model) -> Iterator[Callable[..., Agent]]:
+    """Start a service of the test's own, with these settings."""
+    started: list[Agent] = []
+
+    def start(**settings: str) -> Agent:
+        service = Agent(migrated, redis, model, **settings)
+        started.append(service)
+        service.start()
+        return service
+
+    yield start
+    for service in started:
+        service.remove()

@@ -1,0 +1,22 @@
+#!/bin/sh
+# Installs the Debian packages that the tests run for real, where they are missing: Postgres, Redis and promtool.
+# Nothing is started: the tests start servers of their own, on free loopback ports.
+set -eu
+missing=
+ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || missing="$missing postgresql"
+command -v redis-server >/dev/null || missing="$missing redis-server"
+command -v promtool >/dev/null || missing="$missing prometheus"
+[ -n "$missing" ] || exit 0
+if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+  echo "The tests need these Debian packages:$missing. Install them, or run this as root on Debian or Ubuntu." >&2
+  exit 1
+fi
+echo "== packages:$missing"
+if [ ! -e /usr/sbin/policy-rc.d ]; then
+  trap 'rm -f /usr/sbin/policy-rc.d' EXIT
+  printf '#!/bin/sh\nexit 101\n' > /usr/sbin/policy-rc.d
+  chmod 0755 /usr/sbin/policy-rc.d
+fi
+apt-get update -q >/dev/null
+# shellcheck disable=SC2086  # a list of words
+DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends $missing >/dev/null

@@ -1,0 +1,60 @@
+"""Ask the registries for the digest of every image, and write roles/agent_stack/files/image-digests.json.
+
+The lookup plugin `image` uses a digest from there for its tag. Nothing is written unless every registry answered, so the
+file never holds a mix of two days.
+
+    python tools/pin_images.py            needs Docker with Buildx, and a way to the registries
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+ROLE = Path(__file__).resolve().parent.parent / "roles" / "agent_stack"
+CATALOGUE = ROLE / "vars" / "main.yml"
+DIGESTS = ROLE / "files" / "image-digests.json"
+
+
+class PinError(Exception):
+    """A registry gave no digest; the message names the image."""
+
+
+def references(catalogue: Path) -> list[str]:
+    """Return every reference with a tag that the role may pull."""
+    variables = yaml.safe_load(catalogue.read_text())
+    images = [entry["reference"] for entry in variables["__agent_stack_images"].values() if "reference" in entry]
+    return sorted({*images, *variables["__agent_stack_base_images"].values()})
+
+
+def digest(reference: str) -> str:
+    """Return the digest that the registry has for a reference, for all platforms. Raises PinError."""
+    command = ["docker", "buildx", "imagetools", "inspect", "--format", "{{.Manifest.Digest}}", reference]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise PinError(f"{reference}: {error}") from error
+    found = result.stdout.strip()
+    if result.returncode != 0 or not re.fullmatch(r"sha256:[0-9a-f]{64}", found):
+        raise PinError(f"{reference}: {(result.stderr or result.stdout).strip() or 'no digest'}")
+    return found
+
+
+def main() -> int:
+    try:
+        digests = {reference: digest(reference) for reference in references(CATALOGUE)}
+    except PinError as error:
+        print(f"error: {error}\n{DIGESTS.name} was left as it is.", file=sys.stderr)
+        return 1
+    DIGESTS.write_text(json.dumps(digests, indent=2) + "\n")
+    print(f"{len(digests)} digests written to {DIGESTS}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
