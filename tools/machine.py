@@ -21,9 +21,12 @@ BUNDLE = "/etc/ssl/certs/ca-certificates.crt"
 
 def pip_settings() -> dict[str, str]:
     """Return pip's effective settings, such as `index-url` and `find-links`, without their sections."""
-    output = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False).stdout
+    result = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        # Going on without would make image builds hang on an index that this machine does not use.
+        raise SystemExit(f"error: cannot read pip's settings: {result.stderr.strip()}")
     settings = {}
-    for line in output.splitlines():
+    for line in result.stdout.splitlines():
         key, _, value = line.partition("=")
         settings[key.rpartition(".")[2]] = str(ast.literal_eval(value))
     return settings
