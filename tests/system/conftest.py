@@ -8,12 +8,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import ssl
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,16 +108,9 @@ def wait_until_ready(on_host: Callable[..., str]) -> Callable[[float], float]:
 @pytest.fixture(scope="session")
 def https() -> Callable[..., tuple[int, bytes]]:
     """Ask nginx through the published port, with raw bodies; return status and body."""
-    context = ssl.create_default_context(cafile=str(demo.CA_FILE))
-    port = test_host.run("docker", "port", demo.NAME, "443/tcp").rpartition(":")[2]
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context))
+    port = int(test_host.run("docker", "port", demo.NAME, "443/tcp").rpartition(":")[2])
 
-    def ask(path: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes]:
-        request = urllib.request.Request(f"https://{demo.DOMAIN}:{port}{path}", data=body, headers=headers)
-        try:
-            with opener.open(request, timeout=60) as answer:
-                return answer.status, answer.read()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read()
+    def ask(path: str, body: bytes | None = None, password: str | None = None) -> tuple[int, bytes]:
+        return demo.ask(port, path, body, password)
 
     return ask
