@@ -57,9 +57,9 @@ def on_host() -> Callable[..., str]:
 def play() -> Callable[..., Play]:
     """Run ansible-playbook on the demo host."""
 
-    def run(*arguments: str, playbook: str = "site.yml", cwd: Path = ROOT, collections: Path | None = None) -> Play:
+    def run(*arguments: str, playbook: str = "site.yml", cwd: Path = ROOT, collections: Path | None = None, inventory: Path = demo.INVENTORY) -> Play:
         tools = Path(sys.executable).parent
-        command = [str(tools / "ansible-playbook"), playbook, "-i", str(demo.INVENTORY), "-e", f"@{demo.MACHINE}", *arguments]
+        command = [str(tools / "ansible-playbook"), playbook, "-i", str(inventory), "-e", f"@{demo.MACHINE}", *arguments]
         environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "ANSIBLE_NOCOLOR": "1"}
         if collections is not None:
             environment |= {"ANSIBLE_COLLECTIONS_PATH": str(collections), "ANSIBLE_INJECT_FACT_VARS": "false"}
