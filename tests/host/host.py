@@ -136,7 +136,8 @@ def _base() -> None:
         run("apt-get", "install", "-y", "-q", "--no-install-recommends", "mmdebstrap", "debian-archive-keyring")
     print("making a Debian base image", flush=True)
     keyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
-    pipe = f"set -o pipefail; mmdebstrap --quiet --variant=minbase --keyring={keyring} trixie - | docker import - {BASE}"
+    # In a mount namespace of its own: mmdebstrap would leave this machine's / a private mount.
+    pipe = f"set -o pipefail; unshare --mount mmdebstrap --quiet --variant=minbase --keyring={keyring} trixie - | docker import - {BASE}"
     run("bash", "-c", pipe)
 
 

@@ -63,7 +63,7 @@ def render_vllm(tmp_path: Path, **variables: object) -> str:
     files = [ROOT / "roles" / name / kind / "main.yml" for name in ("agent_stack", "vllm") for kind in ("defaults", "vars")]
     play = {"hosts": "localhost", "connection": "local", "gather_facts": False, "vars_files": [str(file) for file in files], "tasks": tasks}
     playbook.write_text(yaml.safe_dump([play]))
-    given = {"agent_stack_component_revision": "0", **variables}
+    given = {"agent_stack_component_revision": "0", "ansible_python_interpreter": sys.executable, **variables}
     environment = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")}
     command = [str(TOOLS / "ansible-playbook"), "-i", "localhost,", str(playbook), "-e", json.dumps(given)]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
