@@ -142,7 +142,7 @@ def _base() -> None:
 
 
 def _wait_for_systemd(name: str) -> None:
-    for _ in range(120):
+    for _ in range(400):
         state = run("docker", "exec", name, "systemctl", "is-system-running", check=False)
         if state in {"running", "degraded"}:
             failed = run("docker", "exec", name, "systemctl", "--failed", "--plain", "--no-legend", check=False)
@@ -151,7 +151,7 @@ def _wait_for_systemd(name: str) -> None:
                 raise HostError(f"In the test host {name} these units failed: {', '.join(sorted(units - UNITS_THAT_MAY_FAIL))}.")
             return
         time.sleep(0.5)
-    raise HostError(f"systemd in the test host {name} is not up after 60 s.")
+    raise HostError(f"systemd in the test host {name} is not up after 200 s.")
 
 
 def main() -> int:

@@ -41,10 +41,11 @@ def test_restarted_host_brings_everything_back(on_host: Callable[..., str], cont
     count = ("docker", "exec", "-i", "agent-stack-postgres-postgres-1", "psql", "--username=postgres", "--dbname=agent", "-At")
     rows = int(on_host(*count, stdin="SELECT count(*) FROM checkpoints"))
     assert rows > 0
+    started = time.monotonic()
     test_host.run("docker", "restart", "--time", "180", demo.NAME)
     test_host.up(demo.NAME, demo.DOMAIN, [])
-    seconds = wait_until_ready(180)
-    print(f"ready {seconds:.0f} s after systemd")
+    wait_until_ready(180)
+    print(f"ready {time.monotonic() - started:.0f} s after the restart was asked for, its shutdown included")
     deadline = time.monotonic() + 120
     while set(containers()) != before and time.monotonic() < deadline:
         time.sleep(1)

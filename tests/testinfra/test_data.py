@@ -47,7 +47,7 @@ def test_redis_refuses_who_has_no_login(host: Host) -> None:
     assert "NOAUTH" in host.run(f"{REDIS} redis-cli PING").stdout
 
 
-@pytest.mark.parametrize("command", ["INFO", "CONFIG GET maxmemory", "FLUSHALL", "KEYS *", "GET x"])
+@pytest.mark.parametrize("command", ["INFO", "CONFIG GET maxmemory", "FLUSHALL", "KEYS x", "GET x"])
 def test_the_health_login_may_only_ping(host: Host, command: str) -> None:
     login = f"{REDIS} redis-cli --user health --pass health --no-auth-warning"
     assert host.check_output(f"{login} PING") == "PONG"
