@@ -17,9 +17,9 @@ def starts(containers: dict[str, dict[str, Any]]) -> dict[str, tuple[str, str]]:
 
 def test_second_run_changes_nothing_and_restarts_nothing(play: Callable[..., Play], containers: Callable[[], dict[str, dict[str, Any]]]) -> None:
     before = starts(containers())
-    seconds = []
-    # What changes is judged of every run; the time of the better of two, because other work on the machine counts into it.
-    while not seconds or (len(seconds) < 2 and seconds[0] >= SECONDS):
+    seconds: list[int] = []
+    # What changes is judged of every run; the time of the best of three, because other work on the machine counts into it.
+    while not seconds or (len(seconds) < 3 and min(seconds) >= SECONDS):
         result = play()
         assert result.returncode == 0, result.output[-3000:]
         assert (result.recap["changed"], result.recap["failed"]) == (0, 0), result.output[-6000:]
