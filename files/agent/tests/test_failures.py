@@ -138,7 +138,7 @@ class TestPostgres:
     def test_a_restart_in_the_middle_of_a_turn(self, agent: Agent, migrated: Postgres) -> None:
         thread = agent.chat("before").json()["thread_id"]
         with ThreadPoolExecutor(1) as threads:
-            running = threads.submit(agent.chat, "[[delay 2]]", thread)
+            running = threads.submit(agent.chat, "[[delay 4]]", thread)
             wait_until(lambda: agent.metric("agent_turns_running") == 1, "the turn runs")
             migrated.stop()
             migrated.start()
