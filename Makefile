@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help venv demo demo-clean test lint unit agent-test promtool-test molecule uses build pin-images lock clean
+.PHONY: help venv demo demo-clean test lint unit agent-test promtool-test molecule uses build pin-images record-vllm lock clean
 
 PYTHON ?= python3
 DEMO_PORT ?= 8443
@@ -38,7 +38,7 @@ test: lint unit agent-test promtool-test molecule system-test
 lint: venv
 	ruff check . && ruff format --check .
 	cd files/agent && ruff check . && ruff format --check .
-	mypy tools plugins/plugin_utils plugins/module_utils plugins/modules plugins/lookup plugins/action tests/unit tests/system tests/testinfra tests/promtool tests/host
+	mypy tools plugins/plugin_utils plugins/module_utils plugins/modules plugins/lookup plugins/action bench/gpu_plan_compare.py tests/unit tests/system tests/testinfra tests/promtool tests/host
 	yamllint --strict .
 	ansible-lint --strict --offline
 
@@ -74,6 +74,10 @@ system-test: demo
 ## make pin-images    ask the registries for the digests of all images, and use them from then on
 pin-images: venv
 	python tools/pin_images.py
+
+## make record-vllm   read the pinned vLLM's parsers and architectures from its wheels; after every change of its version
+record-vllm: venv
+	$(BIN)/python tools/record_vllm.py
 
 ## make lock          write the lock files again from their .in files
 lock: venv

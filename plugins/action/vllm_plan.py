@@ -1,0 +1,28 @@
+# Copyright: the selfhosted.agent_stack maintainers
+# Apache-2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+"""Give the module vllm_plan the collection's catalogue of models and vLLM's list of parsers; see plugins/modules/vllm_plan.py for the contract."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ansible.plugins.action import ActionBase
+
+ROLE = Path(__file__).resolve().parents[2] / "roles" / "vllm"
+
+
+class ActionModule(ActionBase):
+    """Both files lie on the controller, and the plan is made where the GPUs are."""
+
+    TRANSFERS_FILES = False
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
+        result: dict[str, Any] = super().run(tmp, task_vars)
+        arguments = dict(self._task.args)
+        arguments.setdefault("catalogue", yaml.safe_load((ROLE / "vars" / "catalogue.yml").read_text())["__vllm_catalogue"])
+        arguments.setdefault("registry", json.loads((ROLE / "files" / "vllm-registry.json").read_text())["cuda"])
+        result.update(self._execute_module(module_name="selfhosted.agent_stack.vllm_plan", module_args=arguments, task_vars=task_vars))
+        return result

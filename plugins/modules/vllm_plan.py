@@ -1,0 +1,479 @@
+#!/usr/bin/python
+# Copyright: the selfhosted.agent_stack maintainers
+# Apache-2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+"""Module: does a model fit on the GPUs, what does it carry there, and how to swap to it."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: vllm_plan
+short_description: Plan a model on the host's GPUs before it is fetched or started
+version_added: 0.2.0
+description:
+  - Reads a model's C(config.json) and the index or headers of its safetensors files, from a directory, a cache or the hub, and never its weights.
+    Asks the host for its GPUs. Tells whether vLLM can serve the model there, how long a context it can have and how many fit at once,
+    with which arguments, and how to change to it from what runs now.
+  - A model that does not fit is an answer, not a failure - RV(fits) is false, RV(reason) says why and RV(advice) what would fit. An input from which no
+    plan can be made is a failure with one sentence - a model that does not exist, a gated one without a token, an architecture, a quantisation or a
+    parser that the pinned vLLM does not know, a context beyond the model's, a broken safetensors index.
+  - The KV cache is counted as vLLM counts it. On an H100 the tokens that vLLM 0.26 logged for 11 models were 1 to 6 % more than planned, because vLLM 0.33
+    sets memory for CUDA graphs aside and 0.26 did not. What several GPUs need for talking to each other is an assumption.
+options:
+  model:
+    description: Id on the hub, or the absolute path of a directory on the host.
+    type: str
+    required: true
+  revision:
+    description: Commit, tag or branch on the hub. Empty means its main branch.
+    type: str
+    default: ""
+  directories:
+    description: Directories on the host in which the model may already be - a Hugging Face cache, or the directory of models of the role C(vllm).
+    type: list
+    elements: path
+    default: []
+  hub_url:
+    description: The hub or a mirror of it. Empty means that it is not asked.
+    type: str
+    default: https://huggingface.co
+  token:
+    description: Token for a gated model. It is sent to O(hub_url) alone, and only over https.
+    type: str
+    default: ""
+  gpus:
+    description:
+      - GPUs to plan for, as M(selfhosted.agent_stack.gpu_vram_info) returns them. C(total_mib) is needed, C(name), C(free_mib), C(reserved_mib) and
+        C(compute_capability) are used if given. Without any, the host is asked for its own.
+    type: list
+    elements: dict
+    default: []
+  gpu_memory_utilization:
+    description: Share of each GPU's memory that vLLM may use, more than 0 and at most 1.
+    type: float
+    default: 0.9
+  max_model_len:
+    description: Context that must fit, prompt and answer together, in tokens. 0 means the longest that fits.
+    type: int
+    default: 0
+  tensor_parallel_size:
+    description: Number of GPUs that share the model. 0 means the smallest that fits.
+    type: int
+    default: 0
+  kv_cache_dtype:
+    description: How keys and values are kept. V(fp8) halves them.
+    type: str
+    choices: [auto, fp8]
+    default: auto
+  tool_call_parser:
+    description: vLLM's parser for tool calls. V(auto) takes it from the catalogue, empty means none.
+    type: str
+    default: auto
+  reasoning_parser:
+    description: vLLM's parser for what a model thinks. V(auto) takes it from the catalogue, empty means none.
+    type: str
+    default: auto
+  disk_path:
+    description: Directory into which the model would be fetched. Its file system must have room for what is not there yet. Empty means that it is not checked.
+    type: path
+    default: ""
+  running:
+    description: What serves now. Leave it out if nothing does.
+    type: dict
+    suboptions:
+      name:
+        description: What to call it in sentences.
+        type: str
+        required: true
+      used_mib:
+        description: Memory that it holds on each GPU, in MiB.
+        type: int
+        required: true
+      weights_mib:
+        description: Size of its weights on all GPUs together, in MiB.
+        type: int
+        required: true
+      sleep_mode:
+        description: Whether it was started with C(--enable-sleep-mode).
+        type: bool
+        default: false
+      slept_before:
+        description: Whether it has slept since it started. Its host memory is pinned then, and it falls asleep at once.
+        type: bool
+        default: false
+  asleep:
+    description: Whether the planned model already sleeps on the GPU and need only be woken.
+    type: bool
+    default: false
+  loaded_before:
+    description: Whether this host has loaded the planned model before, with the compile cache kept.
+    type: bool
+    default: false
+  timeout:
+    description: Time for each question to the hub and to the driver, in seconds.
+    type: int
+    default: 30
+  catalogue:
+    description: Model families and their parsers. Without it, the collection's own from C(roles/vllm/vars/catalogue.yml).
+    type: dict
+  registry:
+    description: The parsers and architectures of the vLLM that will serve. Without it, those of the pinned one from C(roles/vllm/files/vllm-registry.json).
+    type: dict
+attributes:
+  check_mode:
+    description: The module only reads.
+    support: full
+author:
+  - The selfhosted.agent_stack maintainers (@selfhosted)
+"""
+
+EXAMPLES = r"""
+- name: Plan a model that is not on the host yet
+  selfhosted.agent_stack.vllm_plan:
+    model: Qwen/Qwen3-8B
+    max_model_len: 16384
+    disk_path: /var/lib/agent-stack
+  register: plan
+
+- name: Stop before anything changes
+  ansible.builtin.assert:
+    that: plan.fits
+    fail_msg: "{{ plan.reason }} {{ plan.advice }}"
+
+- name: Plan for a server that is not bought yet
+  selfhosted.agent_stack.vllm_plan:
+    model: hugging-quants/Meta-Llama-3.1-70B-Instruct-AWQ-INT4
+    gpus:
+      - {name: RTX 6000 Ada, total_mib: 49140, compute_capability: "8.9"}
+  delegate_to: localhost
+"""
+
+RETURN = r"""
+fits:
+  description: Whether vLLM can serve the model as asked.
+  returned: success
+  type: bool
+  sample: true
+reason:
+  description: Why it does not fit, one sentence. Empty if it does.
+  returned: success
+  type: str
+  sample: ""
+advice:
+  description: What would fit, one sentence. Empty if it fits.
+  returned: success
+  type: str
+  sample: ""
+warnings_found:
+  description: What the plan cannot know or what may surprise.
+  returned: success
+  type: list
+  elements: str
+  sample: []
+summary:
+  description: The plan in one line.
+  returned: success
+  type: str
+  sample: "Qwen/Qwen3-8B: 15.3 GiB of weights on 1 GPU, 54.1 GiB of KV cache for 393,000 tokens, 24.0 contexts of 16,384"
+arguments:
+  description: Arguments for C(vllm serve) that follow from the plan.
+  returned: success
+  type: list
+  elements: str
+  sample: [--max-model-len, "16384", --gpu-memory-utilization, "0.9", --tensor-parallel-size, "1", --enable-auto-tool-choice, --tool-call-parser, hermes]
+environment:
+  description: Environment variables that were measured to make such a model faster on such a GPU.
+  returned: success
+  type: dict
+  sample: {}
+max_model_len:
+  description: The context, in tokens.
+  returned: success
+  type: int
+  sample: 16384
+longest_context:
+  description: The longest context that fits, in tokens, at most the model's own.
+  returned: success
+  type: int
+  sample: 40960
+concurrent_contexts:
+  description: How many requests of full length the KV cache holds.
+  returned: success
+  type: float
+  sample: 24.0
+kv_tokens:
+  description: Tokens that the KV cache holds, as vLLM will log them (C(GPU KV cache size)).
+  returned: success
+  type: int
+  sample: 393000
+kv_bytes_per_token:
+  description: Bytes of one token on each GPU.
+  returned: success
+  type: int
+  sample: 147456
+weights_mib:
+  description: Weights on each GPU, in MiB.
+  returned: success
+  type: int
+  sample: 15625
+overhead_mib:
+  description: What the engine needs on each GPU beside weights and KV cache, in MiB.
+  returned: success
+  type: int
+  sample: 2400
+kv_cache_mib:
+  description: KV cache on each GPU, in MiB.
+  returned: success
+  type: int
+  sample: 55400
+tensor_parallel_size:
+  description: Number of GPUs.
+  returned: success
+  type: int
+  sample: 1
+family:
+  description: The catalogue's name for the model's family. Empty if it has none.
+  returned: success
+  type: str
+  sample: Qwen3
+tool_call_parser:
+  description: Parser for tool calls. Empty if there is none.
+  returned: success
+  type: str
+  sample: hermes
+reasoning_parser:
+  description: Parser for what the model thinks. Empty if there is none.
+  returned: success
+  type: str
+  sample: qwen3
+model_info:
+  description: C(architecture), C(quantization), C(parameters), C(max_context), C(origin) where it was read, and C(revision), the commit if the hub was asked.
+  returned: success
+  type: dict
+  sample: {architecture: Qwen3ForCausalLM, quantization: bf16, parameters: 8190735360, max_context: 40960, origin: "https://huggingface.co", revision: main}
+disk:
+  description: C(needed_mib) still to be fetched, and C(free_mib) in O(disk_path). C(free_mib) is -1 if it was not checked.
+  returned: success
+  type: dict
+  sample: {needed_mib: 15640, free_mib: 204800}
+swap:
+  description:
+    - How to change from what runs - C(strategy) is V(start) if nothing runs, V(side_by_side), V(sleep), V(hold_and_recreate), or V(none) if the model does not
+      fit. C(hold_seconds) is how long requests will wait, C(gpu_memory_utilization) the share that the new model must be started with, C(reason) one sentence.
+  returned: success
+  type: dict
+  sample: {strategy: start, hold_seconds: 0.0, gpu_memory_utilization: 0.9, reason: nothing runs now}
+"""
+
+import os  # noqa: E402
+import shutil  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+from ansible.module_utils.basic import AnsibleModule  # noqa: E402
+from ansible_collections.selfhosted.agent_stack.plugins.module_utils import _model_files, _nvml, _vllm_plan  # noqa: E402
+from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_plan import GIB, MIB, PlanError  # noqa: E402
+
+# A fetch also writes what is not weights, and file systems keep a reserve.
+DISK_MARGIN = GIB
+
+
+def gpus_of(entries: list[dict[str, Any]], timeout: int) -> list[_vllm_plan.Gpu]:
+    """Return the GPUs that were given, or else the host's own. Raises PlanError."""
+    if not entries:
+        report = _nvml.gpu_report(shutil.which("nvidia-smi"), timeout)
+        if not report["gpus"]:
+            raise PlanError(f"there is no GPU to plan for ({report['reason']}); give one with gpus to plan for another host.")
+        if any(gpu["mig_mode"] == "enabled" for gpu in report["gpus"]):
+            # A model cannot be shared by instances, so the largest is all there is.
+            parts = [instance | {"compute_capability": gpu["compute_capability"]} for gpu in report["gpus"] for instance in gpu["mig_devices"] or [gpu]]
+            entries = [max(parts, key=lambda part: int(part["total_mib"]))]
+        else:
+            entries = report["gpus"]
+    try:
+        return [gpu_of(entry) for entry in entries]
+    except (KeyError, TypeError, ValueError) as error:
+        raise PlanError(f"gpus has an entry without a usable number: {error}; total_mib is needed, in MiB.") from None
+
+
+def gpu_of(entry: dict[str, Any]) -> _vllm_plan.Gpu:
+    total = int(entry["total_mib"]) - int(entry.get("reserved_mib") or 0)
+    free = int(entry["free_mib"]) if entry.get("free_mib") is not None else total
+    return _vllm_plan.Gpu(str(entry.get("name") or "GPU"), total, free, float(entry.get("compute_capability") or 0))
+
+
+def host_free_mib() -> int:
+    with open("/proc/meminfo") as stream:
+        return next((int(line.split()[1]) // 1024 for line in stream if line.startswith("MemAvailable:")), 0)
+
+
+def disk_of(path: str, missing_bytes: int) -> tuple[dict[str, int], str]:
+    """Return what the disk needs and has, and a sentence if that is too little."""
+    needed = {"needed_mib": missing_bytes // MIB, "free_mib": -1}
+    if not path:
+        return needed, ""
+    existing = next(parent for parent in (Path(path), *Path(path).absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    needed["free_mib"] = free // MIB
+    if missing_bytes and missing_bytes + DISK_MARGIN > free:
+        return needed, f"the model's files take {missing_bytes / GIB:.1f} GiB, and {path} has {free / GIB:.1f} GiB free."
+    return needed, ""
+
+
+def parsers_of(params: dict[str, Any], family: dict[str, Any] | None) -> dict[str, str]:
+    """Return the parsers, each checked against the pinned vLLM's own list. Raises PlanError."""
+    chosen = {}
+    for kind in ("tool_call", "reasoning"):
+        name = params[f"{kind}_parser"]
+        chosen[kind] = (family or {}).get(f"{kind}_parser", "") if name == "auto" else name
+        _vllm_plan.check_parser(
+            kind.replace("_", " "), chosen[kind], params["registry"].get("tool_parsers" if kind == "tool_call" else "reasoning_parsers", [])
+        )
+    return chosen
+
+
+def arguments_of(plan: _vllm_plan.Plan, swap: _vllm_plan.Swap, parsers: dict[str, str], shape: _vllm_plan.Shape, params: dict[str, Any]) -> list[str]:
+    utilization = swap.utilization if swap.strategy == "side_by_side" else params["gpu_memory_utilization"]
+    arguments = ["--max-model-len", str(plan.context), "--gpu-memory-utilization", f"{utilization:g}", "--tensor-parallel-size", str(plan.tensor_parallel)]
+    if params["kv_cache_dtype"] != "auto":
+        arguments += ["--kv-cache-dtype", params["kv_cache_dtype"]]
+    if 0 < plan.gpu.capability < _vllm_plan.BF16_CAPABILITY and shape.quantization == "bf16":
+        arguments += ["--dtype", "half"]
+    if parsers["tool_call"]:
+        arguments += ["--enable-auto-tool-choice", "--tool-call-parser", parsers["tool_call"]]
+    if parsers["reasoning"]:
+        arguments += ["--reasoning-parser", parsers["reasoning"]]
+    return arguments
+
+
+def warnings_of(plan: _vllm_plan.Plan, swap: _vllm_plan.Swap, shape: _vllm_plan.Shape, family: dict[str, Any] | None, measured: bool) -> list[str]:
+    found = []
+    if not measured:
+        found.append("No safetensors files were found; the size of the weights is computed from config.json.")
+    if family is None:
+        found.append(f"The catalogue has no family for this model ({shape.model_type}), so no parser is chosen: the agent can offer it no tools.")
+    if shape.multimodal:
+        found.append("The model also takes images; what their encoder needs while it runs is not in the plan (--limit-mm-per-prompt switches it off).")
+    if shape.stateful_layers:
+        found.append(f"{shape.stateful_layers} layers keep a state instead of keys and values, which is not in the plan.")
+    if plan.tensor_parallel > 1:
+        found.append("What several GPUs need for talking to each other is an assumption (1 GiB each), not measured.")
+    if 0 < plan.gpu.capability < _vllm_plan.FP8_CAPABILITY and shape.quantization == "fp8":
+        found.append(f"The {plan.gpu.name} does not compute in FP8; the weights stay small, and the speed is that of 16 bits.")
+    if swap.strategy == "sleep" and shape.quantization in ("awq", "gptq", "int4"):
+        found.append("vLLM 0.26 miscounted a 4 bit 70B model in sleep mode and ran out of memory at a utilisation of 0.9; try a lower one first.")
+    return found
+
+
+def make_result(params: dict[str, Any]) -> dict[str, Any]:
+    """Return the module's result. Raises PlanError or ModelError."""
+    registry, catalogue = params["registry"], params["catalogue"]
+    hub = _model_files.Hub(params["hub_url"], params["token"], params["timeout"]) if params["hub_url"] else None
+    if not 0 < params["gpu_memory_utilization"] <= 1:
+        raise PlanError(f"the utilisation is {params['gpu_memory_utilization']:g}; allowed is more than 0 and at most 1.")
+    files = _model_files.find_model(params["model"], params["revision"], [Path(path) for path in params["directories"]], hub)
+    shape = _vllm_plan.read_shape(files.config, set(registry.get("architectures", [])))
+    name = os.path.basename(params["model"]) if params["model"].startswith("/") else params["model"]
+    family = _vllm_plan.match_family(catalogue.get("families", []), name, shape)
+    parsers = parsers_of(params, family)
+    wish = _vllm_plan.Wish(
+        utilization=params["gpu_memory_utilization"],
+        context=params["max_model_len"],
+        tensor_parallel=params["tensor_parallel_size"],
+        kv_element_bytes=1 if params["kv_cache_dtype"] == "fp8" else 2,
+    )
+    plan = _vllm_plan.make_plan(shape, files.weight_bytes, gpus_of(params["gpus"], params["timeout"]), wish)
+    running = _vllm_plan.Running(**params["running"]) if params["running"] else None
+    swap = _vllm_plan.plan_swap(
+        plan, running, asleep=params["asleep"], loaded_before=params["loaded_before"], host_free_mib=host_free_mib(), timings=_vllm_plan.Timings()
+    )
+    disk, no_room = disk_of(params["disk_path"], files.missing_bytes)
+    memory = plan.memory
+    environment = {}
+    for entry in catalogue.get("faster", []):
+        if entry["quantization"] == shape.quantization and float(entry["compute_capability"]) == plan.gpu.capability:
+            environment.update(entry["environment"])
+    gpus = "1 GPU" if plan.tensor_parallel == 1 else f"each of {plan.tensor_parallel} GPUs"
+    return {
+        "fits": plan.fits and not no_room,
+        "reason": plan.reason or no_room,
+        "advice": plan.advice or ("Free that much, or set another disk_path." if no_room else ""),
+        "warnings_found": warnings_of(plan, swap, shape, family, files.weight_bytes is not None),
+        "summary": f"{params['model']}: {memory.weights / GIB:.1f} GiB of weights on {gpus}, {memory.kv_cache / GIB:.1f} GiB of KV cache"
+        f" for {memory.kv_tokens:,} tokens, {memory.contexts:.1f} contexts of {plan.context:,}",
+        "arguments": arguments_of(plan, swap, parsers, shape, params) if plan.fits else [],
+        "environment": environment,
+        "max_model_len": plan.context,
+        "longest_context": memory.longest_context,
+        "concurrent_contexts": round(memory.contexts, 2),
+        "kv_tokens": memory.kv_tokens,
+        "kv_bytes_per_token": memory.kv_bytes_per_token,
+        "weights_mib": memory.weights // MIB,
+        "overhead_mib": memory.overhead // MIB,
+        "kv_cache_mib": memory.kv_cache // MIB,
+        "tensor_parallel_size": plan.tensor_parallel,
+        "family": family["name"] if family else "",
+        "tool_call_parser": parsers["tool_call"],
+        "reasoning_parser": parsers["reasoning"],
+        "model_info": {
+            "architecture": shape.architecture,
+            "quantization": shape.quantization,
+            "parameters": shape.parameters,
+            "max_context": shape.max_context,
+            "origin": files.origin,
+            "revision": files.revision,
+        },
+        "disk": disk,
+        "swap": {
+            "strategy": "none" if no_room else swap.strategy,
+            "hold_seconds": 0.0 if no_room else swap.hold_seconds,
+            "gpu_memory_utilization": swap.utilization or params["gpu_memory_utilization"],
+            "reason": no_room or swap.reason,
+        },
+    }
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            "model": {"type": "str", "required": True},
+            "revision": {"type": "str", "default": ""},
+            "directories": {"type": "list", "elements": "path", "default": []},
+            "hub_url": {"type": "str", "default": "https://huggingface.co"},
+            "token": {"type": "str", "default": "", "no_log": True},
+            "gpus": {"type": "list", "elements": "dict", "default": []},
+            "gpu_memory_utilization": {"type": "float", "default": 0.9},
+            "max_model_len": {"type": "int", "default": 0},
+            "tensor_parallel_size": {"type": "int", "default": 0},
+            "kv_cache_dtype": {"type": "str", "choices": ["auto", "fp8"], "default": "auto"},
+            "tool_call_parser": {"type": "str", "default": "auto"},
+            "reasoning_parser": {"type": "str", "default": "auto"},
+            "disk_path": {"type": "path", "default": ""},
+            "running": {
+                "type": "dict",
+                "options": {
+                    "name": {"type": "str", "required": True},
+                    "used_mib": {"type": "int", "required": True},
+                    "weights_mib": {"type": "int", "required": True},
+                    "sleep_mode": {"type": "bool", "default": False},
+                    "slept_before": {"type": "bool", "default": False},
+                },
+            },
+            "asleep": {"type": "bool", "default": False},
+            "loaded_before": {"type": "bool", "default": False},
+            "timeout": {"type": "int", "default": 30},
+            "catalogue": {"type": "dict"},
+            "registry": {"type": "dict"},
+        },
+        supports_check_mode=True,
+    )
+    # The action plugin gives both. Without it, as with `delegate_to` from another tool, nothing is known and nothing refused.
+    params = module.params | {"catalogue": module.params["catalogue"] or {}, "registry": module.params["registry"] or {}}
+    try:
+        result = make_result(params)
+    except (PlanError, _model_files.ModelError) as error:
+        module.fail_json(msg=str(error))
+    module.exit_json(changed=False, **result)
+
+
+if __name__ == "__main__":
+    main()

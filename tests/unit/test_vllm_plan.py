@@ -1,0 +1,445 @@
+"""The plan's arithmetic over real models' configs, against published sizes and what vLLM itself logged on a GPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ansible_collections.selfhosted.agent_stack.plugins.module_utils import _vllm_plan as plan_of
+from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_plan import GIB, Batch, Gpu, Layers, PlanError, Running, Shape, Timings, Wish
+
+MODELS = Path(__file__).parent / "data" / "models"
+H100 = Gpu("NVIDIA H100 80GB HBM3", 81559 - 480, 81559 - 480, 9.0)
+A100 = Gpu("NVIDIA A100-SXM4-80GB", 81920 - 600, 81920 - 600, 8.0)
+RTX4090 = Gpu("NVIDIA GeForce RTX 4090", 24564, 24564, 8.9)
+A6000 = Gpu("NVIDIA RTX A6000", 49140, 49140, 8.6)
+T4 = Gpu("Tesla T4", 15360, 15360, 7.5)
+V100 = Gpu("Tesla V100-SXM2-32GB", 32768, 32768, 7.0)
+
+
+def config(name: str) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((MODELS / f"{name}.json").read_text())
+    return loaded
+
+
+def shape(name: str) -> Shape:
+    return plan_of.read_shape(config(name))
+
+
+def make(name: str, *gpus: Gpu, disk_bytes: int | None = None, **wish: Any) -> plan_of.Plan:
+    return plan_of.make_plan(shape(name), disk_bytes, gpus, Wish(**wish))
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("deepseek-v2-lite", 15_706_484_224),
+        ("deepseek-v3", 671_026_419_200),
+        ("falcon-7b", 6_921_720_704),
+        ("gemma-2-9b", 9_241_705_984),
+        ("gemma-3-1b", 999_885_952),
+        ("gpt-oss-120b", 116_829_156_672),
+        ("gpt-oss-20b", 20_914_757_184),
+        ("llama-2-7b", 6_738_415_616),
+        ("llama-3.1-70b", 70_553_706_496),
+        ("llama-3.1-8b", 8_030_261_248),
+        ("llama-3.2-1b", 1_235_814_400),
+        ("llama-3.2-3b", 3_212_749_824),
+        ("mistral-7b-v0.1", 7_241_732_096),
+        ("mistral-7b-v0.3", 7_248_023_552),
+        ("mistral-nemo-12b", 12_247_782_400),
+        ("mistral-small-24b", 23_572_403_200),
+        ("mixtral-8x7b", 46_702_792_704),
+        ("phi-4", 14_659_507_200),
+        ("phi-4-mini", 3_836_021_760),
+        ("qwen2.5-14b", 14_770_033_664),
+        ("qwen2.5-72b", 72_706_203_648),
+        ("qwen2.5-7b", 7_615_616_512),
+        ("qwen3-0.6b", 596_049_920),
+        ("qwen3-235b-a22b-fp8", 235_093_634_560),
+        ("qwen3-30b-a3b", 30_532_122_624),
+        ("qwen3-32b", 32_762_123_264),
+        ("qwen3-8b", 8_190_735_360),
+        ("qwq-32b", 32_763_876_352),
+        ("smollm2-135m", 134_515_008),
+    ],
+)
+def test_parameters_are_the_published_ones(name: str, parameters: int) -> None:
+    assert shape(name).parameters == parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "gib"),
+    [
+        ("llama-3.1-8b", 14.96),
+        ("llama-3.1-8b-awq", 5.33),
+        ("llama-3.1-8b-fp8", 8.46),
+        ("llama-3.1-70b", 131.4),
+        ("llama-3.1-70b-awq", 37.04),
+        ("qwen2.5-7b", 14.18),
+        ("qwen2.5-72b", 135.4),
+        ("qwen2.5-72b-gptq", 38.4),
+        ("qwen2.5-32b-awq", 18.0),
+        ("qwen3-8b", 15.26),
+        ("qwen3-32b", 61.0),
+        ("qwen3-32b-fp8", 32.0),
+        ("mistral-7b-v0.3", 13.50),
+        ("gpt-oss-20b", 12.8),
+        ("gpt-oss-120b", 60.8),
+    ],
+)
+def test_weights(name: str, gib: float) -> None:
+    assert shape(name).weight_bytes() / GIB == pytest.approx(gib, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor_parallel", "element", "expected"),
+    [
+        ("llama-3.1-8b", 1, 2, 131_072),  # grouped queries
+        ("llama-3.1-8b", 2, 2, 65_536),
+        ("llama-3.1-8b", 1, 1, 65_536),  # fp8
+        ("llama-3.1-70b", 1, 2, 327_680),
+        ("llama-2-7b", 1, 2, 524_288),  # a KV head for each head
+        ("falcon-7b", 1, 2, 8_192),  # one KV head for all
+        ("falcon-7b", 2, 2, 8_192),  # which every GPU keeps
+        ("qwen2.5-7b", 1, 2, 57_344),
+        ("qwen2.5-7b", 8, 2, 14_336),  # 4 KV heads on 8 GPUs
+        ("qwen3-8b", 1, 2, 147_456),
+        ("qwen3-32b", 1, 2, 262_144),
+        ("deepseek-v2-lite", 1, 2, 31_104),  # a latent of 576
+        ("deepseek-v3", 8, 2, 70_272),  # whole on every GPU
+        ("gemma-3-1b", 1, 2, 26_624),
+        ("gpt-oss-20b", 1, 2, 49_152),
+        ("phi-4", 1, 2, 204_800),
+        ("smollm2-135m", 1, 2, 23_040),
+    ],
+)
+def test_kv_bytes_per_token(name: str, tensor_parallel: int, element: int, expected: int) -> None:
+    assert shape(name).kv_bytes_per_token(tensor_parallel, element) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("llama-3.1-8b", (Layers(32),)),
+        ("mistral-7b-v0.1", (Layers(32, 4096),)),
+        ("mistral-7b-v0.3", (Layers(32),)),
+        ("qwen2.5-7b", (Layers(28),)),  # use_sliding_window is false
+        ("gemma-2-9b", (Layers(21), Layers(21, 4096))),
+        ("gemma-3-1b", (Layers(4), Layers(22, 512))),
+        ("gemma-3-27b", (Layers(10), Layers(52, 1024))),
+        ("gpt-oss-20b", (Layers(12), Layers(12, 128))),
+    ],
+)
+def test_attention(name: str, expected: tuple[Layers, ...]) -> None:
+    assert shape(name).attention == expected
+
+
+def test_chunked_and_linear_attention() -> None:
+    llama4 = {"attention_chunk_size": 8192, "model_type": "llama4_text"}
+    assert plan_of.attention_layers(llama4, 48) == ((Layers(12), Layers(36, 8192, chunk=True)), 0)
+    next_one = {"layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"] * 12}
+    assert plan_of.attention_layers(next_one, 48) == ((Layers(12),), 36)
+
+
+# `GPU KV cache size` as vLLM 0.26 logged it on one H100 80GB at a utilisation of 0.9, with random weights (bench/gpu_plan.sh). It did not yet set
+# the memory for CUDA graphs aside, which vLLM 0.33 does and the plan counts: so the plan has to be lower, and by no more than 7 %.
+SEEN = [
+    ("llama-3.1-8b", {"context": 8192}, 449_968),
+    ("llama-3.1-8b", {"context": 8192, "batch_tokens": 2048, "batch_requests": 256}, 450_736),
+    ("llama-3.1-70b-awq", {"context": 8192}, 101_408),
+    ("llama-2-7b", {"context": 4096}, 118_192),
+    ("llama-3.2-3b", {"context": 8192}, 600_800),
+    ("mistral-7b-v0.1", {"context": 32768}, 741_487),
+    ("gemma-2-9b", {"context": 8192}, 162_113),
+    ("gemma-3-1b", {"context": 8192}, 2_560_324),
+    ("qwen2.5-7b", {"context": 8192}, 1_041_472),
+    ("qwen2.5-32b-awq", {"context": 8192}, 208_656),
+    ("qwen3-8b", {"context": 8192, "kv_element_bytes": 1}, 793_456),
+    ("qwen3-32b-fp8", {"context": 8192}, 153_264),
+]
+
+
+@pytest.mark.parametrize(("name", "wish", "logged"), SEEN, ids=lambda value: str(value))
+def test_kv_tokens_are_those_that_vllm_logged(name: str, wish: dict[str, Any], logged: int) -> None:
+    planned = make(name, H100, **wish).memory.kv_tokens
+    assert 0.93 * logged <= planned <= logged
+
+
+@pytest.mark.parametrize(
+    ("name", "context", "available_gib", "logged", "contexts"),
+    [
+        # From the available memory that it logged, the tokens follow without any fitted number.
+        ("llama-3.1-8b", 8192, 54.93, 449_968, 54.93),
+        ("llama-3.1-70b-awq", 8192, 30.95, 101_408, 12.38),
+        ("llama-2-7b", 4096, 57.71, 118_192, 28.86),
+        ("mistral-7b-v0.1", 32768, 56.62, 741_487, 22.63),
+        ("gemma-2-9b", 8192, 52.0, 162_113, 19.79),
+        ("gemma-3-1b", 8192, 68.48, 2_560_324, 312.54),
+    ],
+)
+def test_the_pool_is_vllms(name: str, context: int, available_gib: float, logged: int, contexts: float) -> None:
+    pool = plan_of.kv_pool(shape(name), 1, 2, Batch(8192, 1024))
+    tokens, found = plan_of.kv_capacity(pool, int(available_gib * GIB), context)
+    assert tokens == pytest.approx(logged, rel=0.0005)
+    assert found == pytest.approx(contexts, rel=0.0005)
+
+
+def test_a_latent_as_vllm_counts_it() -> None:
+    """DeepSeek V2 Lite's attention without its experts, which the GPU test's build of vLLM cannot run: 2,259,024 tokens in 65.44 GiB."""
+    pool = plan_of.kv_pool(shape("deepseek-v2-lite"), 1, 2, Batch(8192, 1024))
+    assert plan_of.kv_capacity(pool, int(65.44 * GIB), 8192)[0] == pytest.approx(2_259_024, rel=0.001)
+
+
+def test_the_longest_context_holds_and_one_block_more_does_not() -> None:
+    for name in ("llama-3.1-8b", "gemma-2-9b", "mistral-7b-v0.1"):
+        pool = plan_of.kv_pool(shape(name), 1, 2, Batch(2048, 256))
+        memory = pool.bytes_per_block * (pool.blocks(4000) + 1)
+        longest = plan_of.longest_context(pool, memory, 1_000_000)
+        assert pool.blocks(longest) <= memory // pool.bytes_per_block - 1 < pool.blocks(longest + plan_of.BLOCK)
+    assert plan_of.longest_context(pool, 0, 1000) == 0
+
+
+@pytest.mark.parametrize(
+    ("gpu", "expected"),
+    [
+        (H100, Batch(8192, 1024)),
+        (A100, Batch(2048, 256)),
+        (RTX4090, Batch(2048, 256)),
+        (Gpu("NVIDIA B200", 183_000, 183_000, 10.0), Batch(16384, 1024)),
+    ],
+)
+def test_default_batch(gpu: Gpu, expected: Batch) -> None:
+    assert plan_of.default_batch(gpu) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "wish", "tensor_parallel"),
+    [
+        ("qwen2.5-7b", [RTX4090], {"context": 16384}, 1),
+        ("llama-3.1-8b-awq", [T4], {"context": 8192}, 1),
+        ("qwen2.5-32b-awq", [A6000], {"context": 16384}, 1),
+        ("llama-3.1-70b-awq", [H100], {"context": 32768}, 1),
+        ("llama-3.1-70b-awq", [A6000, A6000], {"context": 32768}, 2),
+        ("qwen3-32b", [H100, H100], {"context": 40960}, 2),
+        ("qwen3-32b", [H100], {"context": 4096}, 1),
+        ("gpt-oss-120b", [H100], {"context": 32768}, 1),
+        ("gpt-oss-20b", [RTX4090], {"context": 32768}, 1),
+        ("qwen3-30b-a3b", [H100], {"context": 32768}, 1),
+        ("deepseek-v3", [Gpu("NVIDIA H200", 143_000, 143_000, 9.0)] * 8, {"context": 32768}, 8),
+        ("llama-3.1-70b", [H100] * 4, {"context": 8192}, 4),
+        # A small card for the screen is not in the way.
+        ("llama-3.1-8b", [Gpu("NVIDIA T400", 4096, 4096, 7.5), H100], {"context": 8192}, 1),
+    ],
+)
+def test_what_fits(name: str, gpus: list[Gpu], wish: dict[str, Any], tensor_parallel: int) -> None:
+    plan = make(name, *gpus, **wish)
+    assert (plan.fits, plan.reason, plan.advice) == (True, "", "")
+    assert plan.tensor_parallel == tensor_parallel
+    assert plan.memory.contexts >= 1
+
+
+def test_without_a_wish_the_longest_context_is_taken() -> None:
+    assert make("qwen2.5-7b", H100).context == 32768
+    small = make("qwen2.5-14b", Gpu("NVIDIA L40S", 46068, 46068, 8.9), utilization=0.75)
+    assert 2048 < small.context < 32768
+    assert small.context == small.memory.longest_context
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "wish", "reason", "advice"),
+    [
+        (
+            "llama-3.1-70b-awq",
+            [
+                A6000,
+            ],
+            {"context": 32768},
+            "holds a context of 6,",
+            "A context of 6,",
+        ),
+        (
+            "llama-3.1-70b",
+            [H100],
+            {},
+            "the weights take 131.4 GiB and the engine",
+            "a 4 bit version of it (AWQ, about 37 GiB), or 2 such GPUs, or a GPU of 180 GB",
+        ),
+        ("qwen2.5-7b", [T4], {}, "the weights take 14.2 GiB", "a 4 bit version of it"),
+        ("llama-3.1-8b", [V100], {}, "has compute capability 7, and vLLM needs 7.5", "a smaller model would"),
+        ("gpt-oss-20b", [Gpu("Tesla T4", 65536, 65536, 7.5)], {}, "MXFP4 needs 8", "a smaller model would"),
+        (
+            "qwen2.5-72b-gptq",
+            [A6000, A6000],
+            {"tensor_parallel": 2},
+            "the groups of 128 in which the weights are quantised cannot be shared evenly by 2 GPUs",
+            "",
+        ),
+        ("falcon-7b", [H100, H100], {"tensor_parallel": 2}, "71 heads and 1 KV heads cannot be shared evenly by 2 GPUs", ""),
+        ("qwen3-32b", [H100], {"context": 32768}, "holds a context of", "A context of"),
+        ("qwen3-32b", [H100], {"context": 1024, "utilization": 0.8}, "more than the 63.3 GiB (0.8 of 79.2 GiB)", "A utilisation of 0.95 is enough"),
+        ("deepseek-v3", [H100] * 8, {}, "on each of 8 GPUs", "GPUs of"),
+    ],
+)
+def test_what_does_not_fit(name: str, gpus: list[Gpu], wish: dict[str, Any], reason: str, advice: str) -> None:
+    plan = make(name, *gpus, **wish)
+    assert not plan.fits
+    assert reason in plan.reason
+    assert advice in plan.advice
+    for sentence in (plan.reason, plan.advice):
+        assert sentence.endswith(".")
+        assert "\n" not in sentence
+
+
+def test_advice_is_true() -> None:
+    short = make("llama-3.1-70b-awq", A6000, context=32768)
+    promised = int(short.advice.split()[3].replace(",", ""))
+    assert make("llama-3.1-70b-awq", A6000, context=promised).fits
+    assert make("llama-3.1-70b", H100, H100, utilization=0.95, context=2048).fits
+    assert make("qwen3-32b", H100, context=1024, utilization=0.95).fits
+
+
+@pytest.mark.parametrize(
+    ("wish", "said"),
+    [
+        ({"utilization": 0.0}, "the utilisation is 0; allowed is more than 0 and at most 1."),
+        ({"utilization": 1.01}, "the utilisation is 1.01; allowed is more than 0 and at most 1."),
+        ({"utilization": -0.5}, "the utilisation is -0.5;"),
+        ({"utilization": float("nan")}, "the utilisation is nan;"),
+        ({"context": 131_073}, "a context of 131,073 tokens was asked for, and the model has at most 131,072."),
+        ({"context": -1}, "neither can be negative"),
+        ({"tensor_parallel": 2}, "2 GPUs were asked for, and there are 1."),
+    ],
+)
+def test_wishes_that_nothing_fulfils(wish: dict[str, Any], said: str) -> None:
+    with pytest.raises(PlanError) as error:
+        make("llama-3.1-8b", H100, **wish)
+    assert said in str(error.value)
+
+
+def test_gpus_that_cannot_be_planned_for() -> None:
+    with pytest.raises(PlanError, match="there is no GPU"):
+        make("llama-3.1-8b")
+    with pytest.raises(PlanError, match="does not say how much memory"):
+        make("llama-3.1-8b", Gpu("NVIDIA GB10", 0, 0, 12.1))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"architectures": None}, "names no architecture"),
+        ({"architectures": ["NewForCausalLM"]}, "the architecture NewForCausalLM is none that the pinned vLLM serves."),
+        ({"num_hidden_layers": None}, "lacks a number that memory depends on"),
+        ({"hidden_size": "wide"}, "in a form not known"),
+        ({"num_attention_heads": 0}, "which is no model"),
+        ({"quantization_config": {"quant_method": "exl3"}}, "names the quantisation exl3"),
+    ],
+)
+def test_configs_that_cannot_be_planned(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(PlanError) as error:
+        plan_of.read_shape(config("llama-3.1-8b") | change, {"LlamaForCausalLM"})
+    assert said in str(error.value)
+    with pytest.raises(PlanError):
+        plan_of.read_shape([], set())
+
+
+@pytest.mark.parametrize(
+    ("quantization", "expected"),
+    [
+        ({}, ("bf16", 0)),
+        ({"quant_method": "awq", "bits": 4, "group_size": 64}, ("awq", 64)),
+        ({"quant_method": "gptq", "bits": 8}, ("int8", 0)),
+        ({"quant_method": "gptq", "bits": 4, "group_size": -1}, ("gptq", 4096)),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, ("fp8", 128)),
+        ({"quant_method": "mxfp4"}, ("mxfp4", 32)),
+        ({"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"num_bits": 4, "group_size": 128}}}}, ("int4", 128)),
+        ({"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"num_bits": 8, "type": "int"}}}}, ("int8", 0)),
+    ],
+)
+def test_quantization(quantization: dict[str, Any], expected: tuple[str, int]) -> None:
+    assert plan_of.read_quantization(quantization) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"max_position_embeddings": 131072, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, 131072),
+        ({"max_position_embeddings": 32768, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}}, 131072),
+        ({"max_position_embeddings": 163840, "rope_scaling": {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}}, 163840),
+        ({"max_position_embeddings": 4096, "rope_scaling": {"type": "linear", "factor": 2.0}}, 8192),
+        ({"max_position_embeddings": 131072, "rope_scaling": {"type": "linear", "factor": 8.0}, "model_type": "gemma3_text"}, 131072),
+        ({"n_positions": 1024}, 1024),
+    ],
+)
+def test_max_context(given: dict[str, Any], expected: int) -> None:
+    assert plan_of.max_context(given) == expected
+
+
+BLUE = Running("blue", used_mib=74_249, weights_mib=15 * 1024, sleep_mode=True)
+
+
+def swap(name: str, running: Running | None, gpu: Gpu = H100, host_free_mib: int = 100_000, **options: Any) -> plan_of.Swap:
+    plan = make(name, gpu, context=options.pop("context", 8192))
+    defaults = {"asleep": False, "loaded_before": False}
+    return plan_of.plan_swap(plan, running, **(defaults | options), host_free_mib=host_free_mib, timings=Timings())
+
+
+def busy(used_mib: int, gpu: Gpu = H100) -> Gpu:
+    return Gpu(gpu.name, gpu.total_mib, gpu.total_mib - used_mib, gpu.capability)
+
+
+def test_nothing_runs() -> None:
+    assert swap("llama-3.1-8b", None).strategy == "start"
+
+
+def test_side_by_side_needs_no_hold_and_takes_what_is_free() -> None:
+    found = swap("llama-3.2-3b", Running("blue", 40_000, 15_000), busy(40_000))
+    assert (found.strategy, found.hold_seconds) == ("side_by_side", 0)
+    assert 0.4 < found.utilization < 0.51
+    # vLLM refuses to start where less is free than its share of the whole.
+    assert found.utilization * H100.total_mib < busy(40_000).free_mib
+
+
+@pytest.mark.parametrize(
+    ("options", "low", "high"),
+    [
+        ({}, 130, 175),  # sleeps for the first time, and the new one has never been loaded
+        ({"loaded_before": True}, 90, 110),
+        ({"asleep": True}, 10, 20),
+        ({"asleep": True, "running": Running("blue", 74_249, 15_360, sleep_mode=True, slept_before=True)}, 0.5, 2),
+    ],
+)
+def test_sleep(options: dict[str, Any], low: float, high: float) -> None:
+    running = options.pop("running", BLUE)
+    found = swap("llama-3.1-8b", running, busy(74_249), **options)
+    assert found.strategy == "sleep"
+    assert low <= found.hold_seconds <= high
+
+
+@pytest.mark.parametrize(
+    ("running", "used_mib", "host_free_mib", "why"),
+    [
+        (Running("blue", 74_249, 15_360), 74_249, 100_000, "started without sleep mode"),
+        (BLUE, 74_249, 8_000, "the host has 8,000 MiB of memory free"),
+        (BLUE, 80_500, 100_000, "other programs (6,251 MiB)"),
+    ],
+)
+def test_hold_and_recreate_says_why(running: Running, used_mib: int, host_free_mib: int, why: str) -> None:
+    found = swap("llama-3.1-8b", running, busy(used_mib), host_free_mib)
+    assert found.strategy == "hold_and_recreate"
+    assert why in found.reason
+    assert found.hold_seconds > 100
+
+
+def test_what_does_not_fit_leaves_what_runs_alone() -> None:
+    found = swap("llama-3.1-70b", BLUE, busy(74_249))
+    assert (found.strategy, found.hold_seconds) == ("none", 0)
+
+
+def test_unknown_parser() -> None:
+    plan_of.check_parser("tool call", "", ["hermes"])
+    plan_of.check_parser("tool call", "hermes", ["hermes"])
+    with pytest.raises(PlanError, match="the pinned vLLM has no tool call parser herm, for example hermes"):
+        plan_of.check_parser("tool call", "herm", ["hermes", "mistral"])

@@ -1,0 +1,172 @@
+"""The module vllm_plan as a play sees it: each bad input its own sentence, and a plan that says how to serve and how to swap."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ansible_collections.selfhosted.agent_stack.plugins.module_utils._model_files import ModelError
+from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_plan import PlanError
+from ansible_collections.selfhosted.agent_stack.plugins.modules import vllm_plan
+
+ROOT = Path(__file__).resolve().parents[2]
+MODELS = Path(__file__).parent / "data" / "models"
+H100 = {"name": "NVIDIA H100 80GB HBM3", "total_mib": 81559, "reserved_mib": 480, "free_mib": 81079, "compute_capability": "9.0"}
+RTX4090 = {"name": "NVIDIA GeForce RTX 4090", "total_mib": 24564, "compute_capability": "8.9"}
+
+
+def model(directory: Path, name: str, **change: Any) -> str:
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(json.loads((MODELS / f"{name}.json").read_text()) | change))
+    return str(directory)
+
+
+def plan(model: str, **params: Any) -> dict[str, Any]:
+    defaults = {
+        "model": model,
+        "revision": "",
+        "directories": [],
+        "hub_url": "",
+        "token": "",
+        "gpus": [H100],
+        "gpu_memory_utilization": 0.9,
+        "max_model_len": 0,
+        "tensor_parallel_size": 0,
+        "kv_cache_dtype": "auto",
+        "tool_call_parser": "auto",
+        "reasoning_parser": "auto",
+        "disk_path": "",
+        "running": None,
+        "asleep": False,
+        "loaded_before": False,
+        "timeout": 5,
+        "catalogue": yaml.safe_load((ROOT / "roles/vllm/vars/catalogue.yml").read_text())["__vllm_catalogue"],
+        "registry": json.loads((ROOT / "roles/vllm/files/vllm-registry.json").read_text())["cuda"],
+    }
+    result: dict[str, Any] = vllm_plan.make_result(defaults | params)
+    return result
+
+
+def test_a_plan_says_how_to_serve(tmp_path: Path) -> None:
+    result = plan(model(tmp_path / "Qwen--Qwen3-8B--main", "qwen3-8b"), max_model_len=16384)
+    assert result["fits"]
+    assert result["arguments"] == [
+        *("--max-model-len", "16384", "--gpu-memory-utilization", "0.9", "--tensor-parallel-size", "1"),
+        *("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--reasoning-parser", "qwen3"),
+    ]
+    assert result["family"] == "Qwen3"
+    assert result["swap"]["strategy"] == "start"
+    assert "Qwen3-8B--main: 15.3 GiB of weights on 1 GPU" in result["summary"]
+    assert result["kv_tokens"] == int(result["concurrent_contexts"] * 16384) or abs(result["kv_tokens"] / 16384 - result["concurrent_contexts"]) < 0.01
+
+
+def test_a_70b_on_hopper_gets_the_faster_kernel_and_on_ada_does_not(tmp_path: Path) -> None:
+    path = model(tmp_path / "Meta-Llama-3.1-70B-Instruct-AWQ-INT4", "llama-3.1-70b-awq")
+    assert plan(path)["environment"] == {"VLLM_DISABLED_KERNELS": "MacheteLinearKernel"}
+    assert plan(path, gpus=[{"total_mib": 49140, "compute_capability": "8.9"}])["environment"] == {}
+
+
+def test_turing_is_told_to_use_half(tmp_path: Path) -> None:
+    result = plan(model(tmp_path / "Llama-3.2-3B", "llama-3.2-3b"), gpus=[{"name": "Tesla T4", "total_mib": 15360, "compute_capability": "7.5"}])
+    assert result["arguments"][6:8] == ["--dtype", "half"]
+
+
+def test_what_does_not_fit_is_an_answer(tmp_path: Path) -> None:
+    running = {"name": "blue", "used_mib": 74249, "weights_mib": 15360, "sleep_mode": True, "slept_before": False}
+    result = plan(model(tmp_path / "m", "llama-3.1-70b"), running=running)
+    assert not result["fits"]
+    assert result["reason"].startswith("the weights take 131.4 GiB")
+    assert result["advice"].startswith("What would fit: a 4 bit version of it (AWQ, about 37 GiB)")
+    assert (result["arguments"], result["swap"]["strategy"]) == ([], "none")
+
+
+def test_a_swap_is_planned_against_what_runs(tmp_path: Path) -> None:
+    running = {"name": "blue", "used_mib": 40000, "weights_mib": 15360, "sleep_mode": False, "slept_before": False}
+    result = plan(model(tmp_path / "m", "llama-3.2-3b"), gpus=[H100 | {"free_mib": 41079}], running=running, max_model_len=8192)
+    assert result["swap"]["strategy"] == "side_by_side"
+    assert result["arguments"][3] == f"{result['swap']['gpu_memory_utilization']:g}" != "0.9"
+
+
+def test_the_disk_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_plan.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10 * 2**30))
+    needed, sentence = vllm_plan.disk_of(str(tmp_path / "not" / "there" / "yet"), 16 * 2**30)
+    assert needed == {"needed_mib": 16384, "free_mib": 10240}
+    assert sentence == f"the model's files take 16.0 GiB, and {tmp_path}/not/there/yet has 10.0 GiB free."
+    assert vllm_plan.disk_of(str(tmp_path), 0)[1] == ""
+    assert vllm_plan.disk_of("", 16 * 2**30) == ({"needed_mib": 16384, "free_mib": -1}, "")
+
+
+@pytest.mark.parametrize(
+    ("change", "params", "said"),
+    [
+        ({}, {"gpu_memory_utilization": 1.5}, "the utilisation is 1.5; allowed is more than 0 and at most 1."),
+        ({}, {"gpu_memory_utilization": 0.0}, "the utilisation is 0; allowed is more than 0 and at most 1."),
+        ({}, {"max_model_len": 200000}, "a context of 200,000 tokens was asked for, and the model has at most 131,072."),
+        ({}, {"tensor_parallel_size": 4}, "4 GPUs were asked for, and there are 1."),
+        ({}, {"tool_call_parser": "llama3"}, "the pinned vLLM has no tool call parser llama3, for example llama3_json, "),
+        ({}, {"reasoning_parser": "deepseek"}, "the pinned vLLM has no reasoning parser deepseek, for example deepseek_r1"),
+        ({"architectures": ["NewForCausalLM"]}, {}, "the architecture NewForCausalLM is none that the pinned vLLM serves."),
+        ({}, {"gpus": [{"name": "GPU"}]}, "gpus has an entry without a usable number: 'total_mib'; total_mib is needed, in MiB."),
+        ({}, {"hub_url": "ftp://example.com"}, "allowed is an https URL"),
+    ],
+)
+def test_bad_input(tmp_path: Path, change: dict[str, Any], params: dict[str, Any], said: str) -> None:
+    with pytest.raises((PlanError, ModelError)) as error:
+        plan(model(tmp_path / "m", "llama-3.1-8b", **change), **params)
+    assert said in str(error.value)
+
+
+def test_a_host_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(PlanError, match="there is no GPU to plan for"):
+        plan(model(tmp_path / "m", "llama-3.1-8b"), gpus=[])
+
+
+def test_mig_leaves_the_largest_instance(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [{"uuid": f"MIG-{size}", "name": f"MIG {size}", "total_mib": size, "used_mib": 0, "free_mib": size, "reserved_mib": 0} for size in (10000, 40448)]
+    report = {"gpus": [{"mig_mode": "enabled", "mig_devices": parts, "compute_capability": "9.0", "total_mib": 81559}], "reason": ""}
+    monkeypatch.setattr(vllm_plan._nvml, "gpu_report", lambda executable, timeout: report)
+    assert [gpu.total_mib for gpu in vllm_plan.gpus_of([], 5)] == [40448]
+
+
+def ansible(arguments: dict[str, Any]) -> tuple[int, str]:
+    program = shutil.which("ansible", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    assert program
+    command = [program, "localhost", "--check", "-m", "selfhosted.agent_stack.vllm_plan", "-a", json.dumps(arguments)]
+    result = subprocess.run(command, cwd=ROOT, env=os.environ | {"ANSIBLE_FORCE_COLOR": "0"}, capture_output=True, text=True, check=False, timeout=120)
+    return result.returncode, " ".join(result.stdout.split())
+
+
+def test_the_action_brings_the_catalogue(tmp_path: Path) -> None:
+    path = model(tmp_path / "Qwen2.5-7B-Instruct", "qwen2.5-7b")
+    status, output = ansible({"model": path, "gpus": [RTX4090], "max_model_len": 16384})
+    assert status == 0, output
+    assert "fits: true" in output
+    assert "tool_call_parser: hermes" in output
+    status, output = ansible({"model": path, "gpus": [RTX4090], "tool_call_parser": "hermit"})
+    assert status != 0
+    assert "the pinned vLLM has no tool call parser hermit, for example hermes." in output
+
+
+@pytest.mark.parametrize(("context", "status", "said"), [(16384, 0, "contexts of 16,384"), (131072, 2, "m does not fit: ")])
+def test_the_playbook(tmp_path: Path, context: int, status: int, said: str) -> None:
+    program = shutil.which("ansible-playbook", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    assert program
+    settings = {
+        "vllm_model": model(tmp_path / "m", "llama-3.1-8b"),
+        "vllm_plan_gpus": [RTX4090],
+        "vllm_max_model_len": context,
+        "ansible_python_interpreter": sys.executable,
+    }
+    command = [program, "playbooks/plan.yml", "-i", "localhost,", "-c", "local", "--check", "-e", json.dumps(settings)]
+    result = subprocess.run(command, cwd=ROOT, env=os.environ | {"ANSIBLE_FORCE_COLOR": "0"}, capture_output=True, text=True, check=False, timeout=120)
+    assert result.returncode == status, result.stdout + result.stderr
+    assert said in " ".join(result.stdout.split())
+    assert "changed=0" in result.stdout
