@@ -1,5 +1,6 @@
 """The real things a test needs, as private processes on free loopback ports."""
 
+import contextlib
 import getpass
 import hashlib
 import json
@@ -23,7 +24,11 @@ import pytest
 AGENT = Path(__file__).resolve().parents[1]
 MODEL_SERVER = AGENT.parents[1] / "tests" / "model_server" / "server.py"
 ODD_PASSWORD = r"""$a'b"c\d#e%f@g:h/i j${k}{{l}}&m=n;o"""
-REDIS_COMMANDS = "+ping +evalsha +script|load +lindex +lpush +ltrim +lrange +expire"
+REDIS_COMMANDS = (
+    "+ping +evalsha +script|load +pexpire +zadd +zcard +zrange +zrem +zremrangebyscore +hset +hdel +hgetall"
+    " +xadd +xread +expire"
+)
+PROXY_SECRET = "the-secret-that-nginx-sends"
 
 
 def free_port() -> int:
@@ -154,6 +159,16 @@ class Postgres(Process):
     def stop(self, how: signal.Signals = signal.SIGINT) -> None:
         super().stop(how)  # SIGINT is a fast shutdown; the others would leave its children behind
 
+    def crash(self) -> None:
+        """Kill every process of it at once, as a lost machine would."""
+        children = self._children()
+        self.process.kill()
+        for child in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        self.process.wait(20)
+        self.process = None
+
     def freeze(self) -> None:
         """Stop the processes that serve connections, as a hung disk would."""
         for child in self._children():
@@ -218,19 +233,32 @@ class Model(Process):
 class Agent(Process):
     """The service as its image starts it."""
 
-    def __init__(self, postgres: Postgres, redis: Redis, model: Model, **settings: str) -> None:
+    def __init__(self, postgres: Postgres, redis: Redis, model: Model, workers: int = 1, **settings: str) -> None:
         super().__init__()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.environ = environment(postgres, redis, model, self.directory) | settings
-        self.client = httpx.Client(base_url=self.url, timeout=60, limits=httpx.Limits(max_connections=200))
+        self.environ = environment(postgres, redis, model, self.directory) | {
+            "AGENT_WORKERS": str(workers),
+            "PROMETHEUS_MULTIPROC_DIR": str(self.directory / "metrics"),
+            **settings,
+        }
+        # As nginx asks after it has checked the password of the user `tester`.
+        self.client = httpx.Client(
+            base_url=self.url,
+            timeout=60,
+            limits=httpx.Limits(max_connections=200),
+            headers={"X-Forwarded-User": "tester", "X-Proxy-Secret": PROXY_SECRET},
+        )
 
     def command(self) -> list[str]:
-        options = ["--host", "127.0.0.1", "--port", str(self.port), "--no-server-header", "--no-proxy-headers"]
-        options += ["--no-access-log", "--ws", "none", "--timeout-graceful-shutdown", "30"]
-        return [sys.executable, "-m", "uvicorn", "--factory", "agent.app:from_environment", *options]
+        return [sys.executable, "-m", "agent.serve", "--port", str(self.port)]
 
     def options(self) -> dict[str, Any]:
         return {"env": self.environ, "cwd": self.directory}
+
+    def workers(self) -> list[int]:
+        """The processes that serve, apart from the one that watches over them."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return [int(pid) for pid in children]
 
     def answers(self) -> bool:
         try:
@@ -259,6 +287,8 @@ class Agent(Process):
 def environment(postgres: Postgres, redis: Redis, model: Model, directory: Path) -> dict[str, str]:
     password = directory / "password"
     password.write_text(ODD_PASSWORD + "\n")
+    proxy_secret = directory / "proxy_secret"
+    proxy_secret.write_text(PROXY_SECRET + "\n")
     return {
         "PATH": os.environ["PATH"],
         "PYTHONPATH": str(AGENT / "src"),
@@ -269,7 +299,9 @@ def environment(postgres: Postgres, redis: Redis, model: Model, directory: Path)
         "AGENT_REDIS_PORT": str(redis.port),
         "AGENT_REDIS_PASSWORD_FILE": str(password),
         "AGENT_MODEL_BASE_URL": f"{model.url}/v1",
+        "AGENT_PROXY_SECRET_FILE": str(proxy_secret),
         "AGENT_RATE_LIMIT": "100000/minute",
+        "AGENT_CONCURRENT_RUNS": "0",
         "AGENT_TURN_TIMEOUT_SECONDS": "5",
     }
 

@@ -15,7 +15,7 @@ def user_texts(request: dict) -> list[str]:
 def test_answers_on_a_new_thread(agent: Agent) -> None:
     answer = agent.chat("hello")
     assert answer.status_code == 200
-    assert answer.json().keys() == {"response", "thread_id"}
+    assert answer.json().keys() == {"response", "thread_id", "run_id"}
     assert "hello" in answer.json()["response"]
     assert UUID(answer.json()["thread_id"])
 
@@ -65,7 +65,7 @@ def test_different_threads_run_side_by_side(agent: Agent) -> None:
 
 def test_a_client_that_hangs_up_leaves_a_finished_turn(agent: Agent, model: Model) -> None:
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{agent.url}/chat", json={"message": "bye [[delay 1]]", "thread_id": "hung-up"}, timeout=0.3)
+        agent.client.post("/chat", json={"message": "bye [[delay 1]]", "thread_id": "hung-up"}, timeout=0.3)
     answer = agent.chat("still there?", "hung-up")
     assert answer.status_code == 200
     assert user_texts(model.requests()[-1]) == ["bye [[delay 1]]", "still there?"]

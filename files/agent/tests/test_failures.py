@@ -78,7 +78,7 @@ def test_a_turn_that_dies_between_its_steps_is_erased(agent: Agent, model: Model
     assert [role for role, _ in sent_messages(model)] == ["user", "assistant", "user"]
 
 
-def test_a_killed_service_leaves_no_wedged_thread(start_agent: Callable[..., Agent], model: Model) -> None:
+def test_a_killed_service_finishes_its_turns_when_it_is_back(start_agent: Callable[..., Agent], model: Model) -> None:
     service = start_agent()
     assert service.chat("before", "killed").status_code == 200
     threading.Timer(2, service.process.kill).start()
@@ -87,7 +87,8 @@ def test_a_killed_service_leaves_no_wedged_thread(start_agent: Callable[..., Age
     service.process.wait()
     service.start()
     assert service.chat("after", "killed").status_code == 200
-    assert [role for role, _ in sent_messages(model)] == ["user", "assistant", "user"]
+    roles = ["user", "assistant", "user", "assistant", "tool", "assistant", "user"]
+    assert [role for role, _ in sent_messages(model)] == roles
 
 
 def test_a_stopping_service_finishes_its_turns(start_agent: Callable[..., Agent]) -> None:

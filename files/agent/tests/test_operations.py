@@ -12,13 +12,18 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import psycopg
 import pytest
+from langgraph.checkpoint.postgres.aio import AsyncPostgresSaver
+from langgraph.store.postgres.aio import AsyncPostgresStore
 from redis import Redis as RedisClient
 from redis.exceptions import NoPermissionError
 
 from agent.logs import JsonFormatter
 from agent.metrics import Metrics
 from agent.middleware import Observe
+from agent.migrate import migrations
 from servers import AGENT, ODD_PASSWORD, Agent, Model, Postgres, Redis, environment, free_port, migrate, wait_until
+
+ALL_MIGRATIONS = len(migrations()) + len(AsyncPostgresSaver.MIGRATIONS) + len(AsyncPostgresStore.MIGRATIONS)
 
 
 class TestMigrate:
@@ -32,9 +37,27 @@ class TestMigrate:
 
     def test_twice(self, empty: dict[str, str]) -> None:
         first = migrate(empty)
-        assert first.stdout == "migrations applied: 10\n", first.stderr
+        assert first.stdout == f"migrations applied: {ALL_MIGRATIONS}\n", first.stderr
         second = migrate(empty)
         assert second.stdout == "migrations applied: 0, unchanged\n", second.stderr
+
+    def test_at_the_same_time(self, empty: dict[str, str]) -> None:
+        with ThreadPoolExecutor(4) as threads:
+            runs = list(threads.map(migrate, [empty] * 4))
+        assert [run.returncode for run in runs] == [0] * 4, [run.stderr for run in runs]
+        assert sorted(run.stdout.rpartition(" ")[2] for run in runs) == [f"{ALL_MIGRATIONS}\n", *["unchanged\n"] * 3]
+
+    def test_threads_from_before_they_had_owners(self, empty: dict[str, str], postgres: Postgres) -> None:
+        assert migrate(empty).returncode == 0
+        with psycopg.connect(postgres.admin("empty"), autocommit=True) as connection:
+            connection.execute("DROP TABLE runs, threads, workers")
+            connection.execute("DELETE FROM agent_migrations WHERE name LIKE '0001%'")
+            connection.execute(
+                "INSERT INTO checkpoints (thread_id, checkpoint_id, checkpoint) VALUES ('old', '1', '{}')"
+            )
+        assert migrate(empty).stdout == "migrations applied: 1\n"
+        with psycopg.connect(postgres.admin("empty")) as connection:
+            assert connection.execute("SELECT thread_id, owner FROM threads").fetchall() == [("old", "")]
 
     def test_needs_no_redis_secret(self, empty: dict[str, str]) -> None:
         del empty["AGENT_REDIS_PASSWORD_FILE"]
@@ -46,7 +69,7 @@ class TestMigrate:
             running = threads.submit(migrate, empty)
             time.sleep(3)
             postgres.start()
-            assert running.result().stdout == "migrations applied: 10\n"
+            assert running.result().stdout == f"migrations applied: {ALL_MIGRATIONS}\n"
 
     @pytest.mark.parametrize("setting", [{"AGENT_POSTGRES_USER": "nobody"}, {"AGENT_POSTGRES_DB": "none"}])
     def test_says_why_it_cannot(self, empty: dict[str, str], setting: dict[str, str]) -> None:
@@ -217,6 +240,7 @@ def test_metrics_count(agent: Agent) -> None:
     assert agent.metric(tokens[1]) - middle[2] == len(answer.split())
     assert agent.metric("agent_turns_running") == 0
     assert agent.metric("process_resident_memory_bytes") > 0
+    wait_until(lambda: agent.metric('agent_postgres_connections{state="idle"}') > 0, "the pool is seen")
 
 
 def test_logs_are_json_lines(agent: Agent) -> None:

@@ -80,6 +80,18 @@ def test_secrets_do_not_show(environ: dict[str, str]) -> None:
         ("AGENT_RATE_LIMIT", "5/minute;10/hour", "COUNT/PERIOD"),
         ("AGENT_RATE_LIMIT", "1000000/minute", "COUNT/PERIOD"),
         ("AGENT_MAX_MESSAGE_CHARS", "100000", "a whole number from 1 to 60000"),
+        ("AGENT_MODEL_HOLD_SECONDS", "-1", "a number of seconds from 0 to 3600"),
+        ("AGENT_MODEL_EXTRA_BODY", "{", "a JSON object"),
+        ("AGENT_MODEL_EXTRA_BODY", "[]", "a JSON object"),
+        ("AGENT_CONTEXT_TOKENS", "100", "a whole number from 512"),
+        ("AGENT_CONTEXT_TOKENS", "1100", "at least 256 more than AGENT_MAX_TOKENS"),
+        ("AGENT_TURN_TOKENS", "-1", "0 (no limit)"),
+        ("AGENT_TURN_TOOL_CALLS", "0", "a whole number from 1 to 1000"),
+        ("AGENT_TOOLS_APPROVAL", "rm -rf /", "names of tools"),
+        ("AGENT_TOOL_TIMEOUT_SECONDS", "0", "a number of seconds from 1 to 3600"),
+        ("AGENT_TOOL_RESULT_CHARS", "10", "a whole number from 200"),
+        ("AGENT_MEMORY_ENABLED", "perhaps", "true or false"),
+        ("AGENT_OTLP_ENDPOINT", "collector:4318", "http(s)://"),
     ],
 )
 def test_a_bad_value_is_named(environ: dict[str, str], variable: str, value: str, allowed: str) -> None:
@@ -88,6 +100,11 @@ def test_a_bad_value_is_named(environ: dict[str, str], variable: str, value: str
     assert str(refusal.value).startswith(f"{variable}={value[:80]!r}: expected ")
     assert allowed in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_default_that_no_longer_fits_is_named(environ: dict[str, str]) -> None:
+    with pytest.raises(SettingsError, match=r"AGENT_CONTEXT_TOKENS='8192': expected .* more than AGENT_MAX_TOKENS"):
+        Settings.from_environment(environ | {"AGENT_MAX_TOKENS": "9000"})
 
 
 def test_all_bad_values_are_named_at_once(environ: dict[str, str]) -> None:

@@ -1,172 +1,182 @@
-"""The HTTP service."""
+"""The HTTP service: everything is made here, once a worker, and handed to the routes by `app.state`."""
 
-import asyncio
+import functools
+import gc
 import logging
 import os
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Annotated, Any, cast
+from typing import Any, cast
 from uuid import uuid4
 
 import httpx
+import psycopg
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
-from langgraph.checkpoint.postgres.aio import AsyncPostgresSaver
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse
+from langgraph.store.postgres.aio import AsyncPostgresStore
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from agent import logs
-from agent.database import create_pool
-from agent.errors import BodyTooLarge, InvalidJson, InvalidRequest, ServiceError, UnsupportedMediaType
+from agent.api import chat, langgraph, openai, openapi, page
+from agent.api.requests import explain
+from agent.auth import Authenticate, Authenticator, KeyRing
+from agent.checkpoints import TurnSaver
+from agent.database import conninfo, create_pool
+from agent.errors import ServiceError, StorageUnavailable
+from agent.events import EventStreams
 from agent.graph import create_graph
+from agent.ledger import Channel, Database, Ledger
 from agent.metrics import Metrics
 from agent.middleware import Observe, error_response
 from agent.rate_limit import RateLimiter, create_redis
 from agent.readiness import PROBE_SECONDS, Readiness, model_probe, postgres_probe, redis_probe
+from agent.retention import RetentionMetrics
+from agent.runs import Engine
 from agent.settings import Settings, SettingsError
-from agent.tools import create_tools
-from agent.turns import Turns
+from agent.threads import Threads
+from agent.tools import create_tools, serve_tools
+from agent.tools.toolbox import Toolbox
+from agent.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 64 * 1024
-
-
-class ChatRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    message: str
-    thread_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] | None = None
+GC_THRESHOLD = (20_000, 20, 20)
 
 
 def from_environment() -> FastAPI:
     """What uvicorn starts."""
     logs.configure()
     try:
-        settings = Settings.from_environment(os.environ)
+        return create_app(Settings.from_environment(os.environ))
     except SettingsError as error:
         raise SystemExit(f"agent: bad settings\n{error}") from None
-    return create_app(settings)
 
 
 def create_app(settings: Settings) -> FastAPI:
+    """Raises SettingsError where a plug-in cannot be used."""
     metrics = Metrics()
+    tools = create_tools(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            pool = create_pool(settings)
-            stack.push_async_callback(pool.close)
-            await pool.open()
-            redis = create_redis(settings)
-            stack.push_async_callback(redis.aclose)
-            client = await stack.enter_async_context(httpx.AsyncClient(timeout=PROBE_SECONDS, trust_env=False))
-
-            saver = AsyncPostgresSaver(pool)
-            # The saver's lock is for a single connection; over a pool it would make every thread wait for every other.
-            saver.lock = cast(asyncio.Lock, asyncio.Semaphore(pool.max_size))
-            tools = create_tools(settings)
-            app.state.turns = Turns(
-                create_graph(settings, tools, saver),
-                [tool.name for tool in tools],
-                metrics,
-                timeout_seconds=settings.turn_timeout_seconds,
-                recursion_limit=settings.recursion_limit,
-            )
-            stack.push_async_callback(app.state.turns.close)
-            app.state.limiter = RateLimiter(redis, settings.rate_limit, metrics)
-            app.state.readiness = Readiness(
-                {"postgres": postgres_probe(pool), "redis": redis_probe(redis), "model": model_probe(settings, client)},
-                metrics,
-            )
-            logger.info("started", extra={"model": settings.model_name, "tools": [tool.name for tool in tools]})
+            await _start(app, settings, tools, metrics, stack)
+            # What is there by now stays: looking through it for garbage again and again took a tenth of every turn.
+            gc.collect()
+            gc.freeze()
+            gc.set_threshold(*GC_THRESHOLD)
+            extra = {"worker": app.state.engine.worker, "pid": os.getpid(), "tools": app.state.tools.names}
+            logger.info("started", extra={"model": settings.model_name, **extra})
             yield
 
-    app = FastAPI(
-        title="agent", lifespan=lifespan, redirect_slashes=False, docs_url=None, redoc_url=None, openapi_url=None
-    )
+    app = FastAPI(title="agent", lifespan=lifespan, redirect_slashes=False, docs_url=None, redoc_url=None)
+    app.state.settings = settings
+    # The last one added is the outermost.
+    app.add_middleware(Authenticate, refuse=_service_error)
     app.add_middleware(Observe, metrics=metrics)
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(psycopg.Error, _no_storage)
 
-    @app.post("/chat")
-    async def chat(request: Request) -> Response:
-        await app.state.limiter.check(principal(request))
-        asked = await read_chat_request(request, settings.max_message_chars)
-        thread_id = asked.thread_id or str(uuid4())
-        request.state.log = {"thread_id": thread_id}
-        answer = await app.state.turns.answer(thread_id, asked.message)
-        return JSONResponse({"response": answer, "thread_id": thread_id})
+    app.include_router(chat.router)
+    app.include_router(langgraph.router)
+    app.include_router(openai.router)
+    app.include_router(page.router)
+    app.openapi = lambda: openapi.describe(app)  # type: ignore[method-assign]  # FastAPI's way to replace it
 
     @app.get("/health")
     async def health() -> Response:
+        """Whether this process works."""
         return JSONResponse({"status": "ok"})
 
-    @app.get("/ready")
+    @app.get("/ready", responses={503: {}})
     async def ready() -> Response:
+        """Whether a turn could succeed now."""
         failing = await app.state.readiness.failing()
         if not failing:
             return JSONResponse({"status": "ready"})
         error = {"code": "not_ready", "message": f"Not ready: {', '.join(failing)}.", "not_ready": failing}
         return JSONResponse({"error": error}, 503, {"Retry-After": "5"})
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def prometheus() -> Response:
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        app.state.retention.refresh()
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     return app
 
 
-def principal(request: Request) -> str:
-    """Whom to count a request for. Only the proxy reaches this service, and it sets the header itself."""
-    user = request.headers.get("X-Forwarded-User")
-    return f"user:{user}" if user else f"address:{request.client.host if request.client else ''}"
+async def _start(app: FastAPI, settings: Settings, tools: Toolbox, metrics: Metrics, stack: AsyncExitStack) -> None:
+    pool = create_pool(settings)
+    stack.push_async_callback(pool.close)
+    await pool.open()
+    unchecked = create_pool(settings, checked=False)
+    stack.push_async_callback(unchecked.close)
+    await unchecked.open()
+    redis = create_redis(settings)
+    stack.push_async_callback(redis.aclose)
+    client = await stack.enter_async_context(httpx.AsyncClient(timeout=PROBE_SECONDS, trust_env=False))
+    tracing = Tracing(settings.otlp_endpoint)
+    stack.callback(tracing.close)
 
-
-async def read_chat_request(request: Request, max_message_chars: int) -> ChatRequest:
-    if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
-        raise UnsupportedMediaType
-    try:
-        asked = ChatRequest.model_validate_json(await _read_body(request))
-    except ValidationError as error:
-        raise _explain(error) from None
-    if not asked.message.strip() or "\0" in asked.message or len(asked.message) > max_message_chars:
-        raise InvalidRequest(f"message: must be a text of 1 to {max_message_chars} characters, not blank, without NUL.")
-    return asked
-
-
-async def _read_body(request: Request) -> bytes:
-    length = request.headers.get("Content-Length", "")
-    if length.isdecimal() and int(length) > MAX_BODY_BYTES:
-        raise BodyTooLarge
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise BodyTooLarge
-    return bytes(body)
-
-
-def _explain(error: ValidationError) -> ServiceError:
-    """Say what is wrong in words of our own: the validator's would quote the input."""
-    first = error.errors(include_input=False, include_url=False, include_context=False)[0]
-    match first["type"], first["loc"]:
-        case "json_invalid", _:
-            return InvalidJson()
-        case _, ("message", *_):
-            return InvalidRequest("message: must be given and be a text.")
-        case _, ("thread_id", *_):
-            return InvalidRequest("thread_id: must be 1 to 64 of the characters A-Z a-z 0-9 _ - or left out.")
-        case _:
-            return InvalidRequest("The body must be an object with message and, if wanted, thread_id.")
+    app.state.tools = tools
+    await stack.enter_async_context(serve_tools(settings, tools, metrics.registry))
+    database = Database(unchecked)
+    ledger = Ledger(database, str(uuid4()))
+    saver = TurnSaver(pool, database)
+    app.state.store = AsyncPostgresStore(cast(Any, pool))
+    app.state.graph = create_graph(settings, tools, saver, app.state.store, tracing=tracing)
+    app.state.limiter = RateLimiter(redis, settings, metrics)
+    stack.push_async_callback(app.state.limiter.close)
+    keys = KeyRing(pool)
+    stack.push_async_callback(keys.close)
+    app.state.authenticator = Authenticator(keys, settings.proxy_secret)
+    app.state.retention = RetentionMetrics(pool)
+    app.state.retention.refresh()
+    stack.push_async_callback(app.state.retention.close)
+    metrics.add(app.state.retention)
+    app.state.threads = Threads(database, ledger, app.state.limiter.finish)
+    app.state.engine = Engine(
+        settings,
+        app.state.graph,
+        saver,
+        ledger,
+        EventStreams(settings),
+        functools.partial(Channel, conninfo(settings), ledger.worker),
+        lambda: tools.names,
+        metrics,
+        tracing,
+        app.state.limiter.finish,
+    )
+    app.state.readiness = Readiness(
+        {"postgres": postgres_probe(pool), "redis": redis_probe(redis), "model": model_probe(settings, client)}, metrics
+    )
+    await app.state.engine.start()
+    stack.push_async_callback(app.state.engine.close)
 
 
 async def _service_error(request: Request, error: Any) -> Response:
+    if request.url.path.startswith(openai.PREFIX):
+        return openai.openai_error(error)
     return error_response(error, request.state.request_id)
+
+
+async def _invalid(request: Request, error: Any) -> Response:
+    return await _service_error(request, explain(error, openapi.names(request.app)))
+
+
+async def _no_storage(request: Request, error: Any) -> Response:
+    logger.error("the storage failed", extra={"error": f"{type(error).__name__}: {error}"})
+    return await _service_error(request, StorageUnavailable())
 
 
 async def _http_error(request: Request, error: Any) -> Response:
     known = {404: ("not_found", "There is nothing here."), 405: ("method_not_allowed", "This method is not allowed.")}
     code, message = known.get(error.status_code, ("bad_request", "The request cannot be understood."))
-    return JSONResponse({"error": {"code": code, "message": message}}, error.status_code, error.headers)
+    headers = dict(error.headers or {})
+    if error.status_code == 405 and (methods := openapi.allowed(request.app, request.url.path)):
+        headers["Allow"] = ", ".join(methods)
+    return JSONResponse({"error": {"code": code, "message": message}}, error.status_code, headers)

@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import orjson
 from psycopg import AsyncConnection, OperationalError
 from psycopg.conninfo import make_conninfo
 from psycopg.rows import DictRow, dict_row
+from psycopg.types.json import set_json_dumps, set_json_loads
 from psycopg_pool import AsyncConnectionPool
 
 from agent.settings import PostgresSettings
@@ -13,6 +15,9 @@ Pool = AsyncConnectionPool[AsyncConnection[DictRow]]
 
 # What the LangGraph saver expects of a connection (CREATE INDEX CONCURRENTLY needs autocommit).
 SAVER_CONNECTION: dict[str, Any] = {"autocommit": True, "row_factory": dict_row, "prepare_threshold": 0}
+
+set_json_dumps(orjson.dumps)
+set_json_loads(orjson.loads)
 
 
 def conninfo(settings: PostgresSettings) -> str:
@@ -32,8 +37,12 @@ def conninfo(settings: PostgresSettings) -> str:
     )
 
 
-def create_pool(settings: PostgresSettings) -> Pool:
-    """A closed pool. It may be opened while Postgres is away: it connects as soon as it can."""
+def create_pool(settings: PostgresSettings, *, checked: bool = True) -> Pool:
+    """A closed pool. It may be opened while Postgres is away: it connects as soon as it can.
+
+    A checked one asks each connection for a sign of life before it is lent, which costs a round trip. Whoever takes an
+    unchecked one must be able to send a statement again.
+    """
 
     async def check(connection: AsyncConnection[DictRow]) -> None:
         try:
@@ -55,7 +64,7 @@ def create_pool(settings: PostgresSettings) -> Pool:
         max_lifetime=1800,
         # The pool's back-off doubles until this: it bounds how long a Postgres that is back stays unnoticed.
         reconnect_timeout=5,
-        check=check,
-        name="agent",
+        check=check if checked else None,
+        name="agent" if checked else "agent-unchecked",
     )
     return pool

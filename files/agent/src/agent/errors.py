@@ -19,6 +19,48 @@ class InvalidJson(ServiceError):
     message = "The body is not valid JSON."
 
 
+class NotFound(ServiceError):
+    status = 404
+    code = "not_found"
+    message = "There is nothing here."
+
+
+class ThreadBusy(ServiceError):
+    status = 409
+    code = "thread_busy"
+    message = "The thread is busy with another message."
+
+
+class ThreadExists(ServiceError):
+    status = 409
+    code = "thread_exists"
+    message = "A thread of this name exists already."
+
+
+class TurnConflict(ServiceError):
+    status = 409
+    code = "turn_conflict"
+    message = "This turn id was used for another message."
+
+
+class Cancelled(ServiceError):
+    status = 409
+    code = "cancelled"
+    message = "The answer was stopped."
+
+
+class NothingWaits(ServiceError):
+    status = 409
+    code = "nothing_waits"
+    message = "The thread waits for no answer."
+
+
+class MessageExists(ServiceError):
+    status = 409
+    code = "message_exists"
+    message = "The thread has a message of this id already."
+
+
 class BodyTooLarge(ServiceError):
     status = 413
     code = "body_too_large"
@@ -34,6 +76,16 @@ class UnsupportedMediaType(ServiceError):
 class InvalidRequest(ServiceError):
     status = 422
     code = "invalid_request"
+
+
+class NotSupported(ServiceError):
+    status = 422
+    code = "not_supported"
+    message = "This is not supported here."
+
+    def __init__(self, message: str | None = None, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class ConversationTooLong(ServiceError):

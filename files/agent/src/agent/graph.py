@@ -1,75 +1,136 @@
-"""The agent: a model and its tools in a loop, its state in a checkpointer."""
+"""The agent: a model and its tools in a loop, its state in a checkpointer.
 
-import logging
-from collections.abc import Awaitable, Callable
-from typing import Any
+Two steps take turns, `model` and `tools`, until the model answers without calling a tool. They are written out, and
+not taken from create_agent, because each of its middlewares costs a fifth of what the whole loop costs here.
+"""
 
-import openai
-from langchain.agents import create_agent
-from langchain.agents.middleware import ModelRequest, ModelResponse, wrap_model_call
-from langchain_core.exceptions import ContextOverflowError
+import asyncio
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from langchain_core.messages import AIMessage, AnyMessage, SystemMessage, ToolMessage
+from langchain_core.runnables import RunnableConfig
 from langchain_core.tools import BaseTool
-from langchain_openai import ChatOpenAI
 from langgraph.checkpoint.base import BaseCheckpointSaver
+from langgraph.config import get_stream_writer
+from langgraph.graph import START, StateGraph
+from langgraph.graph.message import add_messages
 from langgraph.graph.state import CompiledStateGraph
-from pydantic import SecretStr
+from langgraph.store.base import BaseStore
+from typing_extensions import TypedDict
 
-from agent.errors import ConversationTooLong, ModelFailed, ModelUnavailable, ServiceError
+from agent import context
+from agent.errors import TooManySteps, TurnTimeout
+from agent.model import TURN, ChatModel, ContextOverflow, Turn, create_model
 from agent.settings import Settings
-
-logger = logging.getLogger(__name__)
+from agent.tools.calls import ToolCalls
+from agent.tools.toolbox import Toolbox
+from agent.tracing import Tracing
 
 Agent = CompiledStateGraph[Any, Any, Any, Any]
-AWAY = (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError)
 
 
-def create_graph(settings: Settings, tools: list[BaseTool], checkpointer: BaseCheckpointSaver[Any]) -> Agent:
-    return create_agent(
-        create_model(settings),
-        tools,
-        system_prompt=settings.system_prompt,
-        middleware=[name_model_errors],
-        checkpointer=checkpointer,
-    )
+class State(TypedDict):
+    messages: Annotated[list[AnyMessage], add_messages]
 
 
-def create_model(settings: Settings) -> ChatOpenAI:
-    return ChatOpenAI(
-        model=settings.model_name,
-        base_url=settings.model_base_url,
-        # The client insists on a key; a server that was given none ignores it.
-        api_key=settings.model_api_key or SecretStr("none"),
-        temperature=settings.temperature,
-        max_completion_tokens=settings.max_tokens,
-        timeout=settings.turn_timeout_seconds,
-        max_retries=1,
-        use_responses_api=False,
-    )
+def create_graph(
+    settings: Settings,
+    tools: Toolbox | Sequence[BaseTool],
+    checkpointer: BaseCheckpointSaver[Any] | None,
+    store: BaseStore | None = None,
+    *,
+    tracing: Tracing | None = None,
+) -> Agent:
+    """The graph. What it reads from a run's `configurable`, besides LangGraph's own keys:
+
+    deadline  when the turn must have ended, on the event loop's clock; without it, turn_timeout_seconds from now
+    owner     whose memories the memory tools see
+    model     parameters for the model, such as its temperature, that go before the settings
+    """
+    toolbox = tools if isinstance(tools, Toolbox) else Toolbox(tools)
+    steps = Steps(settings, create_model(settings), toolbox, tracing or Tracing())
+    graph = StateGraph(State)
+    graph.add_node("model", steps.ask_model)
+    graph.add_node("tools", steps.run_tools)
+    graph.add_edge(START, "model")
+    graph.add_conditional_edges("model", steps.next_step)
+    graph.add_edge("tools", "model")
+    return graph.compile(checkpointer=checkpointer, store=store, name="agent")
 
 
-@wrap_model_call
-async def name_model_errors(
-    request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], Awaitable[ModelResponse[Any]]]
-) -> ModelResponse[Any]:
-    """Tell the model's failures from everything else that can fail in a turn."""
-    try:
-        response = await handler(request)
-        for message in response.result:
-            message.model_dump_json()  # half a surrogate pair could be neither stored nor sent
-        return response
-    except Exception as error:
-        failure = _name(error)
-        # Not the error's text: a server may quote the conversation in it.
-        logger.warning(
-            "the model failed",
-            extra={"code": failure.code, "error": type(error).__name__, "status": getattr(error, "status_code", None)},
+class Steps:
+    def __init__(self, settings: Settings, model: ChatModel, toolbox: Toolbox, tracing: Tracing) -> None:
+        self._settings = settings
+        self._model = model
+        self._toolbox = toolbox
+        self._tool_calls = ToolCalls(settings, toolbox, tracing)
+        self._tracing = tracing
+        self._system_tokens = context.TOKENS_PER_MESSAGE + context.count_text(settings.system_prompt)
+        # Less than the setting once a server has said that it takes less.
+        self._context_tokens = settings.context_tokens
+
+    async def ask_model(self, state: State, config: RunnableConfig) -> dict[str, Any]:
+        if self._settings.turn_tokens:
+            self._check_tokens(context.last_turn(state["messages"]))
+        deadline = config["configurable"].get("deadline")
+        if deadline is None:
+            deadline = asyncio.get_running_loop().time() + self._settings.turn_timeout_seconds
+        TURN.set(Turn(deadline, get_stream_writer()))
+        try:
+            async with asyncio.timeout_at(deadline):
+                with self._tracing.span("model", {"model": self._settings.model_name}) as span:
+                    answer = await self._answer(state["messages"], config)
+                    if span is not None and answer.usage_metadata:
+                        span.set_attribute("tokens.input", answer.usage_metadata["input_tokens"])
+                        span.set_attribute("tokens.output", answer.usage_metadata["output_tokens"])
+        except TimeoutError:
+            raise TurnTimeout from None
+        return {"messages": [answer]}
+
+    async def run_tools(self, state: State, config: RunnableConfig) -> Any:
+        message = state["messages"][-1]
+        if not isinstance(message, AIMessage):
+            raise TypeError("the step before this one is always the model's")
+        done = sum(isinstance(earlier, ToolMessage) for earlier in context.last_turn(state["messages"]))
+        if done + len(message.tool_calls) > self._settings.turn_tool_calls:
+            raise TooManySteps("The agent found no answer within the number of tool calls it may make.")
+        return await self._tool_calls.run(message, config)
+
+    @staticmethod
+    async def next_step(state: State) -> Literal["tools", "__end__"]:
+        # Asynchronous, because LangGraph would hand any other function to a thread.
+        # Nothing is there where a client removed it and said that this was the model's step.
+        message = state["messages"][-1] if state["messages"] else None
+        return "tools" if isinstance(message, AIMessage) and message.tool_calls else "__end__"
+
+    def _check_tokens(self, turn: Sequence[AnyMessage]) -> None:
+        used = sum(
+            message.usage_metadata["total_tokens"]
+            for message in turn
+            if isinstance(message, AIMessage) and message.usage_metadata
         )
-        raise failure from error
+        if used >= self._settings.turn_tokens:
+            raise TooManySteps("The agent found no answer within the number of tokens it may use.")
 
+    async def _answer(self, messages: Sequence[AnyMessage], config: RunnableConfig) -> AIMessage:
+        more: dict[str, Any] = dict(config["configurable"].get("model", {}))
+        if len(self._toolbox):
+            more["tools"] = self._toolbox.descriptions
+        try:
+            return await self._model.ainvoke(self._prompt(messages, self._context_tokens), config, **more)
+        except ContextOverflow as overflow:
+            if overflow.limit and overflow.limit < self._context_tokens:
+                self._context_tokens = overflow.limit
+            # The estimate was wrong by some factor: half as much is short enough unless it was wrong by two.
+            smaller = self._prompt(messages, self._context_tokens // 2)
+            return await self._model.ainvoke(smaller, config, **more)
 
-def _name(error: Exception) -> ServiceError:
-    if isinstance(error, AWAY):
-        return ModelUnavailable()
-    if isinstance(error, ContextOverflowError) or "maximum context length" in str(error):
-        return ConversationTooLong()
-    return ModelFailed()
+    def _prompt(self, messages: Sequence[AnyMessage], context_tokens: int) -> list[AnyMessage]:
+        fixed = self._system_tokens + self._toolbox.tokens + self._settings.max_tokens
+        # Never nothing: what is refused for its length is told to the client as such.
+        fitting, left_out = context.fit(messages, max(context_tokens - fixed, context.SHORTEST_RESULT_TOKENS))
+        prompt = self._settings.system_prompt
+        if left_out:
+            prompt = f"{prompt}\n\n{context.LEFT_OUT}"
+        return [SystemMessage(prompt), *fitting]

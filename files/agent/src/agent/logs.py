@@ -6,6 +6,8 @@ import sys
 import time
 from typing import Any
 
+import orjson
+
 STANDARD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "color_message"}
 
 
@@ -20,7 +22,10 @@ class JsonFormatter(logging.Formatter):
         line |= {name: value for name, value in vars(record).items() if name not in STANDARD_FIELDS}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
+        try:
+            return orjson.dumps(line, default=str).decode()
+        except TypeError:  # half a surrogate pair, for one
+            return json.dumps(line, default=str)
 
 
 def configure() -> None:

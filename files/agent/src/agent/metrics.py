@@ -1,10 +1,36 @@
-"""What Prometheus may ask. Every label has few values: routes by their template, tools by their registered name."""
+"""What Prometheus may ask. Every label has few values: routes by their template, tools by their registered name.
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+Several workers answer as one: each writes its values to files in PROMETHEUS_MULTIPROC_DIR, and whichever is asked adds
+up all of them. What a worker that died has counted stays; what it had measured last goes.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.gc_collector import GCCollector
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
 
+DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
+SAVE_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 TURN_SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
+
+
+def prepare_directory(environ: dict[str, str]) -> None:
+    """Before the first worker starts: what an earlier start of the service left behind is not counted again."""
+    if directory := environ.get(DIRECTORY):
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        for file in Path(directory).glob("*.db"):
+            file.unlink()
+
+
+def gauge(mode: str) -> dict[str, Any]:
+    """How the workers' values of a gauge become one."""
+    return {"multiprocess_mode": mode}
 
 
 class Metrics:
@@ -12,8 +38,6 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
-        ProcessCollector(registry=registry)
-        GCCollector(registry=registry)
         self.requests = Counter(
             "agent_http_requests", "HTTP requests answered", ("method", "route", "status"), registry=registry
         )
@@ -24,7 +48,28 @@ class Metrics:
         self.turn_seconds = Histogram(
             "agent_turn_duration_seconds", "Time of a turn, waiting included", buckets=TURN_SECONDS, registry=registry
         )
-        self.turns_running = Gauge("agent_turns_running", "Turns being worked on", registry=registry)
+        self.turns_running = Gauge(
+            "agent_turns_running", "Turns being worked on", **gauge("livesum"), registry=registry
+        )
+        self.first_token_seconds = Histogram(
+            "agent_first_token_seconds", "Time from the start of a streamed turn to its first token", registry=registry
+        )
+        self.save_seconds = Histogram(
+            "agent_checkpoint_save_seconds",
+            "Time to store what a turn has so far",
+            buckets=SAVE_SECONDS,
+            registry=registry,
+        )
+        self.runs = Gauge(
+            "agent_runs",
+            "Runs that are not final, in all workers",
+            ("status",),
+            **gauge("mostrecent"),
+            registry=registry,
+        )
+        self.runs_taken_over = Counter(
+            "agent_runs_taken_over", "Runs whose worker died and that another one went on with", registry=registry
+        )
         self.threads_healed = Counter(
             "agent_threads_healed", "Threads in which an interrupted turn was erased", registry=registry
         )
@@ -34,8 +79,46 @@ class Metrics:
         )
         self.rate_limited = Counter("agent_rate_limited", "Requests refused by the rate limit", registry=registry)
         self.rate_limit_local = Gauge(
-            "agent_rate_limit_local", "1 while Redis is away and this process counts alone", registry=registry
+            "agent_rate_limit_local",
+            "1 while Redis is away and a worker counts alone",
+            **gauge("livemax"),
+            registry=registry,
+        )
+        self.connections = Gauge(
+            "agent_postgres_connections",
+            "Connections to Postgres for turns: in use, idle, and those that somebody waits for",
+            ("state",),
+            **gauge("livesum"),
+            registry=registry,
         )
         self.ready = Gauge(
-            "agent_dependency_ready", "1 if the last probe succeeded", ("dependency",), registry=registry
+            "agent_dependency_ready",
+            "1 if the last probe succeeded",
+            ("dependency",),
+            **gauge("mostrecent"),
+            registry=registry,
         )
+        self._own = CollectorRegistry()
+        ProcessCollector(registry=self._own)
+        GCCollector(registry=self._own)
+
+    def add(self, collector: Collector) -> None:
+        """One that says the same in every worker, and is not to be added up."""
+        self._own.register(collector)
+
+    def text(self) -> bytes:
+        """All workers' metrics, and how this process fares."""
+        directory = os.environ.get(DIRECTORY)
+        if not directory:
+            return generate_latest(self.registry) + generate_latest(self._own)
+        _bury_dead(Path(directory))
+        every = CollectorRegistry()
+        MultiProcessCollector(every, path=directory)  # type: ignore[no-untyped-call]
+        return generate_latest(every) + generate_latest(self._own)
+
+
+def _bury_dead(directory: Path) -> None:
+    for file in directory.glob("gauge_live*.db"):
+        found = re.search(r"_(\d+)\.db$", file.name)
+        if found and not Path(f"/proc/{found[1]}").exists():
+            mark_process_dead(int(found[1]), str(directory))  # type: ignore[no-untyped-call]

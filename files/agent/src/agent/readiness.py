@@ -7,11 +7,11 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 
 import httpx
-from langgraph.checkpoint.postgres.aio import AsyncPostgresSaver
 from redis.asyncio import Redis
 
 from agent.database import Pool
 from agent.metrics import Metrics
+from agent.migrate import missing
 from agent.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -64,9 +64,9 @@ class Readiness:
 def postgres_probe(pool: Pool) -> Probe:
     async def probe() -> None:
         async with pool.connection(timeout=PROBE_SECONDS) as connection:
-            row = await (await connection.execute("SELECT count(*) AS n FROM checkpoint_migrations")).fetchone()
-        if row is None or row["n"] < len(AsyncPostgresSaver.MIGRATIONS):
-            raise NotReady("migrations are missing")
+            absent = await missing(connection)
+        if absent:
+            raise NotReady(f"migrations are missing: {', '.join(absent)}")
 
     return probe
 

@@ -1,0 +1,31 @@
+"""A run is let in by the limits before it is recorded, and its place is given back if it is not."""
+
+from typing import Any
+
+from fastapi import Request
+
+from agent.auth import Principal
+from agent.ledger import bounded
+from agent.runs import Run, RunInput, RunOptions, new_run_id
+
+
+async def submit(
+    request: Request, thread_id: str | None, run_input: RunInput, options: RunOptions | None = None, **more: Any
+) -> Run:
+    """Count a run for the caller and submit it; the rest is as Engine.submit takes it. Raises RateLimited too."""
+    principal: Principal = request.state.principal
+    state = request.app.state
+    run_id = new_run_id()
+    await state.limiter.admit(principal, run_id)
+    try:
+        run: Run = await bounded(
+            state.engine.submit(principal.name, thread_id, run_input, options, run_id=run_id, **more),
+            state.settings.turn_timeout_seconds,
+        )
+    except BaseException:
+        await state.limiter.finish(principal.name, run_id)
+        raise
+    if run.run_id != run_id:  # a repetition of one that was counted
+        await state.limiter.finish(principal.name, run_id)
+    request.state.log = {"thread_id": run.thread_id, "run_id": run.run_id}
+    return run

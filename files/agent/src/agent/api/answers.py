@@ -1,0 +1,172 @@
+"""What goes out: JSON, and bodies that are sent while they come about."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from typing import Any
+
+import orjson
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from agent.events import plain
+
+# How the documents describe a stream: each of its events is one of these.
+EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "Server-sent events.",
+        "content": {
+            "text/event-stream": {
+                "schema": {
+                    "type": "object",
+                    "required": ["data"],
+                    "properties": {name: {"type": "string"} for name in ("id", "event", "data")},
+                }
+            }
+        },
+    }
+}
+# Shorter than any proxy's patience with a silent connection.
+HEARTBEAT_SECONDS = 15
+
+
+def dump(value: Any) -> bytes:
+    return orjson.dumps(value, plain, orjson.OPT_NON_STR_KEYS | orjson.OPT_UTC_Z)
+
+
+def pick(value: Mapping[str, Any], fields: Sequence[str] | None) -> dict[str, Any]:
+    """The wanted fields. `values.messages` is one channel of the values."""
+    if fields is None:
+        return dict(value)
+    picked = {field: value[field] for field in fields if field in value}
+    channels = [field.partition(".")[2] for field in fields if field.startswith("values.")]
+    if channels and "values" not in picked:
+        picked["values"] = {name: value["values"][name] for name in channels if name in value["values"]}
+    return picked
+
+
+class Json(Response):
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return dump(content)
+
+
+def sse(event: str, data: Any, event_id: str | None = None) -> bytes:
+    """One server-sent event. JSON has no raw line breaks, so a line each is enough."""
+    head = f"event: {event}\n" if event_id is None else f"id: {event_id}\nevent: {event}\n"
+    return b"%sdata: %s\n\n" % (head.encode(), dump(data))
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class Live(Response):
+    """A body that comes piece by piece, with a heartbeat in its pauses, until its end or until the client hangs up."""
+
+    def __init__(
+        self,
+        pieces: AsyncGenerator[bytes],
+        *,
+        media_type: str,
+        heartbeat: bytes,
+        headers: Mapping[str, str],
+        on_disconnect: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        self.status_code = 200
+        self.background = None
+        self.body = b""
+        self.media_type = media_type
+        self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no", **headers})
+        del self.headers["Content-Length"]
+        self._pieces = pieces
+        self._heartbeat = heartbeat
+        self._on_disconnect = on_disconnect
+        self._ended = False
+        self._gone = False
+        self._quiet_since = 0.0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101  a coroutine runs in a task
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        helpers = [asyncio.create_task(self._watch(receive, task)), asyncio.create_task(self._beat(send))]
+        try:
+            async for piece in self._pieces:
+                self._quiet_since = asyncio.get_running_loop().time()
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+            self._ended = True
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except asyncio.CancelledError:
+            if not self._gone:
+                raise
+            task.uncancel()
+        finally:
+            for helper in helpers:
+                helper.cancel()
+            await self._pieces.aclose()
+        if self._gone and self._on_disconnect:
+            await self._on_disconnect()
+
+    async def _watch(self, receive: Receive, task: asyncio.Task[Any]) -> None:
+        await _disconnected(receive)
+        if not self._ended:
+            self._gone = True
+            task.cancel()
+
+    async def _beat(self, send: Send) -> None:
+        loop = asyncio.get_running_loop()
+        self._quiet_since = loop.time()
+        while True:
+            await asyncio.sleep(max(0.0, self._quiet_since + HEARTBEAT_SECONDS - loop.time()))
+            if loop.time() - self._quiet_since >= HEARTBEAT_SECONDS:
+                self._quiet_since = loop.time()
+                with contextlib.suppress(OSError):
+                    await send({"type": "http.response.body", "body": self._heartbeat, "more_body": True})
+
+
+class Attended(Response):
+    """An answer that is worked on only while the client waits for it."""
+
+    def __init__(self, work: Callable[[], Coroutine[Any, Any, Response]]) -> None:
+        super().__init__()
+        self._work = work
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        work = asyncio.create_task(self._work())
+        watch = asyncio.create_task(_disconnected(receive))
+        try:
+            await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            watch.cancel()
+            if not work.done():
+                work.cancel()
+        if work.done():
+            await work.result()(scope, receive, send)
+
+
+def event_stream(
+    pieces: AsyncGenerator[bytes],
+    headers: Mapping[str, str] | None = None,
+    on_disconnect: Callable[[], Awaitable[None]] | None = None,
+) -> Live:
+    return Live(
+        pieces,
+        media_type="text/event-stream",
+        heartbeat=b": heartbeat\n\n",
+        headers=headers or {},
+        on_disconnect=on_disconnect,
+    )
+
+
+def late_json(
+    pieces: AsyncGenerator[bytes],
+    headers: Mapping[str, str] | None = None,
+    on_disconnect: Callable[[], Awaitable[None]] | None = None,
+) -> Live:
+    """JSON that may be long in coming: blank lines before it keep the connection open and mean nothing."""
+    return Live(
+        pieces, media_type="application/json", heartbeat=b"\n", headers=headers or {}, on_disconnect=on_disconnect
+    )

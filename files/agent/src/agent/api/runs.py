@@ -1,0 +1,362 @@
+"""Runs: a message or an answer given to a thread, and the work on it followed, waited for or stopped."""
+
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import suppress
+from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlencode
+from uuid import UUID
+
+import psycopg
+from fastapi import APIRouter, Header, Query, Request, Response
+
+from agent.api import streams
+from agent.api.admission import submit
+from agent.api.answers import EVENTS, Json, Live, dump, event_stream, late_json, pick
+from agent.api.assistants import check_assistant
+from agent.api.requests import JsonRoute, TurnId, owner
+from agent.api.schemas import (
+    ASSISTANT_ID,
+    CancelAction,
+    Node,
+    RoleMessage,
+    Run,
+    RunBase,
+    RunCreate,
+    RunField,
+    RunPath,
+    RunsCancel,
+    RunStatus,
+    StatelessRunCreate,
+    StreamMode,
+    ThreadPath,
+    TypeMessage,
+    UserMessage,
+    UserMessages,
+)
+from agent.api.threads import check_checkpoint, config_of, text_of
+from agent.errors import InvalidRequest, MessageExists, NotFound, NothingWaits, ServiceError, StorageUnavailable
+from agent.runs import Engine, RunInput, RunOptions
+from agent.runs import Run as StoredRun
+from agent.tools.approval import check_answer
+
+router = APIRouter(tags=["runs"], route_class=JsonRoute)
+
+ALL_MODES: tuple[StreamMode, ...] = ("values", "updates", "messages-tuple", "custom")
+NEW: dict[int | str, dict[str, Any]] = {404: {}, 409: {}, 429: {}}
+STATE: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The thread's values, or `__error__` with what went wrong."}
+}
+
+LastEventId = Annotated[
+    str, Header(alias="Last-Event-ID", pattern=r"^-?[0-9]{0,18}$", description="Only what came after this one.")
+]
+
+
+# Runs on a thread
+
+
+@router.post("/threads/{thread_id}/runs", response_model=Run, responses=NEW)
+async def create_run(request: Request, thread_id: ThreadPath, asked: RunCreate, turn_id: TurnId = None) -> Json:
+    """Start a run and do not wait for it."""
+    run = await _submit(request, thread_id, asked, _modes(asked) or ALL_MODES, turn_id)
+    return Json(describe_run(run), headers={"Content-Location": _path(run)})
+
+
+@router.post("/threads/{thread_id}/runs/wait", response_model=dict[str, Any], responses=STATE | NEW)
+async def wait_for_run(request: Request, thread_id: ThreadPath, asked: RunCreate, turn_id: TurnId = None) -> Live:
+    """Run and answer with what the thread then holds. Blank lines before it keep the connection open."""
+    run = await _submit(request, thread_id, asked, _modes(asked), turn_id)
+    return _wait(request, run)
+
+
+@router.post("/threads/{thread_id}/runs/stream", response_class=Response, responses=EVENTS | NEW)
+async def stream_run(request: Request, thread_id: ThreadPath, asked: RunCreate, turn_id: TurnId = None) -> Live:
+    """Run and tell what happens. Location takes up a stream that broke, with Last-Event-ID."""
+    modes = _modes(asked) or ("values",)
+    return _stream(request, await _submit(request, thread_id, asked, modes, turn_id), modes)
+
+
+@router.get("/threads/{thread_id}/runs", response_model=list[Run], responses={404: {}})
+async def list_runs(
+    request: Request,
+    thread_id: ThreadPath,
+    limit: Annotated[int, Query(ge=1, le=100)] = 10,
+    offset: Annotated[int, Query(ge=0, le=10_000)] = 0,
+    status: RunStatus | None = None,
+    select: Annotated[list[RunField] | None, Query()] = None,
+) -> Json:
+    """Newest first."""
+    runs = await _engine(request).list(owner(request), thread_id, limit, offset, status)
+    return Json([pick(describe_run(run), select) for run in runs])
+
+
+@router.get("/threads/{thread_id}/runs/{run_id:uuid}", response_model=Run, responses={404: {}})
+async def get_run(request: Request, thread_id: ThreadPath, run_id: RunPath) -> Json:
+    return Json(describe_run(await _find(request, thread_id, run_id)))
+
+
+@router.delete("/threads/{thread_id}/runs/{run_id:uuid}", status_code=204, responses={404: {}, 409: {}})
+async def delete_run(request: Request, thread_id: ThreadPath, run_id: RunPath) -> Response:
+    """Forget a run that has ended. What was said stays in the thread."""
+    await _find(request, thread_id, run_id)
+    await _engine(request).delete(owner(request), str(run_id))
+    return Response(status_code=204)
+
+
+@router.get("/threads/{thread_id}/runs/{run_id:uuid}/join", response_model=dict[str, Any], responses=STATE | {404: {}})
+async def join_run(request: Request, thread_id: ThreadPath, run_id: RunPath) -> Live:
+    """Wait for a run and answer as /runs/wait does."""
+    return _wait(request, await _find(request, thread_id, run_id))
+
+
+@router.get("/threads/{thread_id}/runs/{run_id:uuid}/stream", response_class=Response, responses=EVENTS | {404: {}})
+async def join_run_stream(
+    request: Request,
+    thread_id: ThreadPath,
+    run_id: RunPath,
+    stream_mode: Annotated[list[StreamMode | Literal[""]] | None, Query()] = None,
+    cancel_on_disconnect: bool = False,
+    last_event_id: LastEventId = "",
+) -> Live:
+    """Tell what happened since Last-Event-ID, as far as it is kept, and what happens, in the modes the run has."""
+    run = await _find(request, thread_id, run_id)
+    modes = tuple(mode for mode in stream_mode or () if mode) or tuple(
+        mode for mode in ALL_MODES if streams.SOURCES[mode] in run.options.stream
+    )
+    return _stream(request, run, modes, max(0, int(last_event_id or 0)), cancel=cancel_on_disconnect)
+
+
+@router.post("/threads/{thread_id}/runs/{run_id:uuid}/cancel", status_code=204, responses={404: {}})
+async def cancel_run(
+    request: Request, thread_id: ThreadPath, run_id: RunPath, wait: bool = False, action: CancelAction = "interrupt"
+) -> Response:
+    """Stop a run. `rollback` also deletes it, and what it put into the thread."""
+    await _find(request, thread_id, run_id)
+    await _engine(request).cancel(owner(request), str(run_id), wait=wait, rollback=action == "rollback")
+    return Response(status_code=204)
+
+
+@router.post("/runs/cancel", status_code=204, responses={404: {}})
+async def cancel_runs(request: Request, asked: RunsCancel, action: CancelAction = "interrupt") -> Response:
+    """Stop some runs of a thread."""
+    for run_id in asked.run_ids:
+        await _find(request, asked.thread_id, run_id)
+    for run_id in asked.run_ids:
+        await _engine(request).cancel(owner(request), run_id, rollback=action == "rollback")
+    return Response(status_code=204)
+
+
+# Runs on a thread that is made for them, and deleted when they end unless it is to be kept
+
+
+@router.post("/runs", response_model=Run, responses=NEW)
+async def create_stateless_run(request: Request, asked: StatelessRunCreate, turn_id: TurnId = None) -> Json:
+    run = await _submit_stateless(request, asked, _modes(asked) or ALL_MODES, turn_id)
+    return Json(describe_run(run), headers={"Content-Location": _path(run)})
+
+
+@router.post("/runs/wait", response_model=dict[str, Any], responses=STATE | NEW)
+async def wait_for_stateless_run(request: Request, asked: StatelessRunCreate, turn_id: TurnId = None) -> Live:
+    return _wait(request, await _submit_stateless(request, asked, _modes(asked), turn_id))
+
+
+@router.post("/runs/stream", response_class=Response, responses=EVENTS | NEW)
+async def stream_stateless_run(request: Request, asked: StatelessRunCreate, turn_id: TurnId = None) -> Live:
+    modes = _modes(asked) or ("values",)
+    return _stream(request, await _submit_stateless(request, asked, modes, turn_id), modes)
+
+
+# How it is done
+
+
+def _engine(request: Request) -> Engine:
+    engine: Engine = request.app.state.engine
+    return engine
+
+
+async def _find(request: Request, thread_id: str, run_id: UUID | str) -> StoredRun:
+    run = await _engine(request).get(owner(request), str(run_id))
+    if run.thread_id != thread_id:
+        raise NotFound("There is no such run.")
+    return run
+
+
+async def _submit(
+    request: Request, thread_id: str, asked: RunCreate, modes: tuple[StreamMode, ...], turn_id: str | None
+) -> StoredRun:
+    check_assistant(asked.assistant_id)
+    checkpoint_id = check_checkpoint(thread_id, asked.checkpoint) or asked.checkpoint_id
+    run_input: RunInput = None
+    if asked.command and asked.input:
+        raise InvalidRequest("command: cannot be given together with input.")
+    if asked.command:
+        run_input = {"resume": asked.command.resume}
+    elif asked.input:
+        run_input = {"messages": messages(request, asked.input.messages)}
+    if turn_id is None:  # or it may be a repetition, which was accepted already
+        await _check_state(request, thread_id, run_input, checkpoint_id)
+    return await submit(
+        request,
+        thread_id,
+        run_input,
+        _options(asked, modes, checkpoint_id=checkpoint_id),
+        turn_id=turn_id,
+        strategy=asked.multitask_strategy,
+        create_thread=asked.if_not_exists == "create",
+    )
+
+
+async def _submit_stateless(
+    request: Request, asked: StatelessRunCreate, modes: tuple[StreamMode, ...], turn_id: str | None
+) -> StoredRun:
+    check_assistant(asked.assistant_id)
+    return await submit(
+        request,
+        None,
+        {"messages": messages(request, asked.input.messages)},
+        # There will be no thread to see the values in.
+        _options(asked, (*modes, "values"), on_completion=asked.on_completion),
+        turn_id=turn_id,
+    )
+
+
+def _options(asked: RunBase, modes: tuple[StreamMode, ...], **more: Any) -> RunOptions:
+    return RunOptions(
+        stream=streams.sources(modes),
+        subgraphs=asked.stream_subgraphs,
+        resumable=asked.stream_resumable,
+        on_disconnect=asked.on_disconnect,
+        recursion_limit=asked.config.recursion_limit if asked.config else None,
+        interrupt_before=_nodes(asked.interrupt_before),
+        interrupt_after=_nodes(asked.interrupt_after),
+        metadata=asked.metadata or {},
+        **more,
+    )
+
+
+def _nodes(names: Literal["*"] | list[Node] | None) -> tuple[str, ...]:
+    return get_args(Node) if names == "*" else tuple(names or ())
+
+
+async def _check_state(request: Request, thread_id: str, run_input: RunInput, checkpoint_id: str | None) -> None:
+    """Refuse at once what could only fail later. Most runs have nothing to look up."""
+    given: Mapping[str, Any] = run_input or {}
+    resumes = "resume" in given
+    ids = {message["id"] for message in given.get("messages", ()) if "id" in message}
+    if not (resumes or ids or checkpoint_id):
+        return
+    try:
+        await request.app.state.threads.get(owner(request), thread_id)
+    except NotFound:
+        if resumes or checkpoint_id:
+            raise
+        return
+    state = await request.app.state.graph.aget_state(config_of(thread_id, checkpoint_id))
+    if checkpoint_id and state.created_at is None:
+        raise NotFound("There is no such checkpoint.")
+    if resumes and not state.interrupts:
+        raise NothingWaits
+    if resumes and any(_is_approval(waiting.value) for waiting in state.interrupts):
+        check_answer(given["resume"])
+    if ids & {message.id for message in state.values.get("messages", ())}:
+        # It would take that message's place, and leave no new one to answer.
+        raise MessageExists
+
+
+def _is_approval(question: Any) -> bool:
+    return isinstance(question, dict) and question.get("type") == "approval"
+
+
+def messages(request: Request, given: UserMessages) -> list[dict[str, Any]]:
+    """The messages as the engine takes them. Raises InvalidRequest where one is too long."""
+    longest: int = request.app.state.settings.max_message_chars
+    listed = [_message(message) for message in (given if isinstance(given, list) else [given])]
+    if any(len(message["content"]) > longest for message in listed):
+        raise InvalidRequest(f"messages: each must have at most {longest} characters.")
+    return listed
+
+
+def _message(message: UserMessage) -> dict[str, Any]:
+    match message:
+        case RoleMessage() | TypeMessage():
+            plain = {"role": "user", "content": text_of(message.content)}
+            return plain | ({"id": message.id} if message.id else {})
+        case _:
+            return {"role": "user", "content": message}
+
+
+def _modes(asked: RunBase) -> tuple[StreamMode, ...]:
+    wanted = asked.stream_mode or ()
+    return tuple(wanted) if isinstance(wanted, list | tuple) else (wanted,)
+
+
+def _path(run: StoredRun) -> str:
+    return f"/threads/{run.thread_id}/runs/{run.run_id}"
+
+
+def describe_run(run: StoredRun) -> dict[str, Any]:
+    return {
+        "run_id": run.run_id,
+        "thread_id": run.thread_id,
+        "assistant_id": ASSISTANT_ID,
+        "status": run.status,
+        "metadata": run.metadata,
+        "multitask_strategy": run.options.strategy,
+        "created_at": run.created_at,
+        "updated_at": run.updated_at,
+    }
+
+
+def _stream(
+    request: Request, run: StoredRun, modes: tuple[StreamMode, ...], after: int = 0, *, cancel: bool = False
+) -> Live:
+    # The client asks there again with no word on the modes, so they are in the address.
+    location = f"{_path(run)}/stream?{urlencode([('stream_mode', mode) for mode in modes])}"
+    return event_stream(
+        streams.stream(_engine(request), owner(request), run.run_id, modes, after),
+        {"Location": location, "Content-Location": _path(run)},
+        _canceller(request, run) if cancel else None,
+    )
+
+
+def _canceller(request: Request, run: StoredRun) -> Callable[[], Awaitable[None]]:
+    async def cancel() -> None:
+        with suppress(ServiceError):
+            await _engine(request).cancel(owner(request), run.run_id)
+
+    return cancel
+
+
+def _wait(request: Request, run: StoredRun) -> Live:
+    async def answer() -> AsyncGenerator[bytes]:
+        yield dump(await _outcome(request, run))
+
+    return late_json(
+        answer(),
+        {"Location": f"{_path(run)}/join", "Content-Location": _path(run)},
+        _canceller(request, run) if run.options.on_disconnect == "cancel" else None,
+    )
+
+
+async def _outcome(request: Request, run: StoredRun) -> Any:
+    """What the run left in the thread. An error has no status here: the answer has begun long ago."""
+    try:
+        if run.options.on_completion == "delete":
+            return await streams.last_values(_engine(request), owner(request), run.run_id)
+        ended = await _engine(request).wait(owner(request), run.run_id)
+        if ended.error:
+            return {"__error__": streams.describe_error(ended.error)}
+        return await _values(request, ended)
+    except psycopg.Error:
+        error: ServiceError = StorageUnavailable()
+    except ServiceError as raised:
+        error = raised
+    return {"__error__": {"error": error.code, "message": error.message}}
+
+
+async def _values(request: Request, run: StoredRun) -> dict[str, Any]:
+    """The thread as this run left it, whatever came after."""
+    graph, config = request.app.state.graph, config_of(run.thread_id)
+    states = [state async for state in graph.aget_state_history(config, filter={"run_id": run.run_id}, limit=1)]
+    state = states[0] if states else await graph.aget_state(config)  # it had nothing to do
+    return {**state.values, **({"__interrupt__": state.interrupts} if state.interrupts else {})}

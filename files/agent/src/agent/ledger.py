@@ -1,0 +1,608 @@
+"""What Postgres knows of runs and workers. Each change is one statement, which is one transaction and one round trip.
+
+Every statement here can be sent again after a connection broke without an answer: `Database` does that.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime
+from typing import Any, Literal, LiteralString, TypeVar
+
+import orjson
+import psycopg
+from psycopg.conninfo import make_conninfo
+from psycopg.rows import DictRow
+
+from agent.database import Pool
+from agent.errors import StorageUnavailable
+
+logger = logging.getLogger(__name__)
+
+Strategy = Literal["reject", "enqueue", "interrupt", "rollback"]
+RunStatus = Literal["pending", "running", "success", "error", "timeout", "interrupted"]
+FINAL: frozenset[str] = frozenset({"success", "error", "timeout", "interrupted"})
+CHANNEL = "agent_runs"
+LISTENER = "agent-"
+RETRY_SECONDS = (0.0, 0.05, 0.2, 0.5, 1.0)
+ANSWER_SECONDS = 4.0
+LIMIT_SECONDS = 8.0
+
+Parameters = Sequence[Any] | Mapping[str, Any]
+Result = TypeVar("Result")
+# Told of a run's end: its owner, its id and the tokens that it used.
+Finished = Callable[[str, str, int], Coroutine[Any, Any, None]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    # What is told while it works: any of "tokens", "tools", "messages", "values", "updates", "custom".
+    stream: tuple[str, ...] = ()
+    subgraphs: bool = False
+    # Events are also kept in Redis for some minutes, so that any worker can replay them.
+    resumable: bool = False
+    # "cancel": a run whose follower goes away before the end is cancelled.
+    on_disconnect: Literal["cancel", "continue"] = "continue"
+    # Somebody waits for the answer now: the deadline counts from the submission, not from the start of the work.
+    waited: bool = False
+    # "turn" keeps one checkpoint a turn (and those that a tool call needs), "step" every step's.
+    history: Literal["turn", "step"] = "step"
+    # Start from this one instead of the thread's latest.
+    checkpoint_id: str | None = None
+    recursion_limit: int | None = None
+    # Parameters for the model, in the words of its API, that go before the service's own.
+    model: dict[str, Any] = field(default_factory=dict)
+    interrupt_before: tuple[str, ...] = ()
+    interrupt_after: tuple[str, ...] = ()
+    # "delete": the thread goes when the run ends (the LangGraph API's runs without a thread).
+    on_completion: Literal["keep", "delete"] = "keep"
+    strategy: Strategy = "enqueue"
+    metadata: dict[str, Any] = field(default_factory=dict)
+    # "update" is a change of the state by hand, which must not meet a turn.
+    kind: Literal["turn", "update"] = "turn"
+
+    def to_json(self) -> str:
+        """Only what differs from the defaults."""
+        return orjson.dumps({name: value for name, value in asdict(self).items() if value != DEFAULTS[name]}).decode()
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "RunOptions":
+        names = {item.name for item in fields(cls)}
+        known: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if name in names
+        }
+        return cls(**known)
+
+
+DEFAULTS = asdict(RunOptions())
+
+
+@dataclass(slots=True)
+class Run:
+    run_id: str
+    thread_id: str
+    owner: str
+    turn_id: str | None
+    status: RunStatus
+    attempt: int
+    first_attempt: int
+    cancel: Literal["interrupt", "rollback"] | None
+    input: Any
+    options: RunOptions
+    # {"response": str, "usage": {...}, "interrupts"?: [...]} of a success
+    result: dict[str, Any] | None
+    # {"code", "message", "status"} of an error, a timeout or an interruption
+    error: dict[str, Any] | None
+    created_at: datetime
+    updated_at: datetime
+    # False where an earlier submission with this turn id recorded it.
+    created: bool = True
+    # It made its thread, which is empty so far.
+    first: bool = False
+
+    @property
+    def final(self) -> bool:
+        return self.status in FINAL
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        return self.options.metadata
+
+
+@dataclass(slots=True)
+class Batch:
+    """Rows of the saver's tables, as columns: each dictionary is keyed so that no row comes twice in a statement."""
+
+    # (namespace, id) -> (parent, checkpoint, metadata)
+    checkpoints: dict[tuple[str, str], tuple[str | None, str, str]] = field(default_factory=dict)
+    # (namespace, channel, version) -> (type, blob)
+    blobs: dict[tuple[str, str, str], tuple[str, bytes | None]] = field(default_factory=dict)
+    # (namespace, checkpoint, task, index) -> (task path, channel, type, blob)
+    writes: dict[tuple[str, str, str, int], tuple[str, str, str, bytes]] = field(default_factory=dict)
+
+    def only(self) -> list[Any]:
+        """The one checkpoint and the one blob."""
+        [(checkpoint, stored)], [(blob, value)] = self.checkpoints.items(), self.blobs.items()
+        return [*checkpoint, *stored, *blob, *value]
+
+    def columns(self) -> list[list[Any]]:
+        c, b, w = self.checkpoints, self.blobs, self.writes
+        return [
+            [key[0] for key in c], [key[1] for key in c], *_columns(list(c.values()), 3),
+            [key[0] for key in b], [key[1] for key in b], [key[2] for key in b], *_columns(list(b.values()), 2),
+            [key[0] for key in w], [key[1] for key in w], [key[2] for key in w], [key[3] for key in w],
+            *_columns(list(w.values()), 4),
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How an attempt ended."""
+
+    status: RunStatus
+    thread_status: Literal["idle", "interrupted", "error"]
+    result: dict[str, Any] | None = None
+    error: dict[str, Any] | None = None
+
+
+class RunLost(Exception):
+    """The run is no longer this worker's: another one took it over, or it was deleted."""
+
+
+class Database:
+    """Statements that survive a Postgres which was restarted: none of the pool's connections may be alive then."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+
+    async def rows(self, query: LiteralString, parameters: Parameters = (), *, binary: bool = False) -> list[DictRow]:
+        """The rows, or StorageUnavailable within some seconds."""
+        return await bounded(self.run(query, parameters, binary=binary), LIMIT_SECONDS)
+
+    async def run(self, query: LiteralString, parameters: Parameters = (), *, binary: bool = False) -> list[DictRow]:
+        """The same without the bound, for callers with one of their own: it costs a task."""
+        error: psycopg.Error | None = None
+        started = time.monotonic()
+        for wait in RETRY_SECONDS:
+            left = started + ANSWER_SECONDS - time.monotonic() - wait
+            if error is not None and left < 0:
+                break
+            if wait:
+                await asyncio.sleep(wait)
+            try:
+                async with self.pool.connection(timeout=max(0.1, left)) as connection:
+                    cursor = await connection.execute(query, parameters, binary=binary)
+                    return await cursor.fetchall()
+            except psycopg.OperationalError as caught:
+                error = caught
+                # Where one connection died the others most likely did.
+                await self.pool.drain()
+            except psycopg.Error as caught:
+                error = caught
+                break
+        logger.error("the storage failed", extra={"error": f"{type(error).__name__}: {error}"})
+        raise StorageUnavailable from error
+
+
+async def bounded(work: Coroutine[Any, Any, Result], seconds: float) -> Result:
+    """What comes of it, or StorageUnavailable when the time is over.
+
+    It is cancelled then, but not waited for: a driver may take as long to give up a dead connection as that is dead.
+    """
+    task = asyncio.create_task(work)
+    try:
+        done, _ = await asyncio.wait({task}, timeout=seconds)
+    finally:
+        if not task.done():
+            task.cancel()
+            abandoned.add(task)
+            task.add_done_callback(_forget)
+    if not done:
+        raise StorageUnavailable
+    return task.result()
+
+
+abandoned: set[asyncio.Task[Any]] = set()
+
+
+def _forget(task: asyncio.Task[Any]) -> None:
+    abandoned.discard(task)
+    if not task.cancelled():
+        task.exception()  # seen, though nobody is left to see it
+
+
+RUN = (
+    "run_id::text, thread_id, owner, turn_id, status, attempt, first_attempt, cancel, input, options, result, error,"
+    " created_at, updated_at"
+)
+
+
+class Ledger:
+    def __init__(self, database: Database, worker: str) -> None:
+        self._database = database
+        self.worker = worker
+
+    # Accepting
+
+    async def insert(self, run: Run, thread_metadata: str, *, create_thread: bool, reject: bool) -> bool:
+        """Record a run, running where its thread is free, else pending. False where that could not be."""
+        rows = await self._database.run(
+            INSERT,
+            {
+                "run": run.run_id,
+                "thread": run.thread_id,
+                "owner": run.owner,
+                "turn": run.turn_id,
+                "worker": self.worker,
+                "input": orjson.dumps(run.input).decode(),
+                "options": run.options.to_json(),
+                "metadata": thread_metadata,
+                "create": create_thread,
+                "reject": reject,
+            },
+        )
+        if not rows:
+            return False
+        run.status = rows[0]["status"]
+        run.created_at = run.updated_at = rows[0]["created_at"]
+        run.first = rows[0]["first"]
+        return True
+
+    async def find(self, run_id: str) -> Run | None:
+        return _first(await self._database.rows(f"SELECT {RUN} FROM runs WHERE run_id = %s", [run_id]))
+
+    async def find_turn(self, owner: str, turn_id: str) -> Run | None:
+        query: LiteralString = f"SELECT {RUN} FROM runs WHERE owner = %s AND turn_id = %s"
+        return _first(await self._database.rows(query, [owner, turn_id]))
+
+    async def thread_owner(self, thread_id: str) -> str | None:
+        rows = await self._database.rows("SELECT owner FROM threads WHERE thread_id = %s", [thread_id])
+        return rows[0]["owner"] if rows else None
+
+    async def reopen(self, run: Run) -> Run | None:
+        """Let a failed run wait for another try."""
+        query: LiteralString = (
+            "UPDATE runs SET status = 'pending', worker = NULL, attempt = attempt + 1, first_attempt = attempt + 1,"
+            " cancel = NULL, error = NULL, watched = true, created_at = now(), updated_at = now()"
+            f" WHERE run_id = %s AND attempt = %s AND status IN ('error', 'timeout') RETURNING {RUN}"
+        )
+        return _first(await self._database.rows(query, [run.run_id, run.attempt]))
+
+    # Taking
+
+    async def claim_pending(self, thread_id: str) -> Run | None:
+        """Take the oldest run that waits for this thread, if the thread is free."""
+        query: LiteralString = (
+            "UPDATE runs SET status = 'running', worker = %s, updated_at = now() WHERE run_id ="
+            " (SELECT run_id FROM runs WHERE thread_id = %s AND status = 'pending'"
+            " ORDER BY created_at, run_id LIMIT 1 FOR UPDATE SKIP LOCKED)"
+            " AND NOT EXISTS (SELECT FROM runs WHERE thread_id = %s AND status = 'running')"
+            f" RETURNING {RUN}"
+        )
+        return await self._claim(query, [self.worker, thread_id, thread_id])
+
+    async def free_threads(self, limit: int) -> list[str]:
+        """Threads with a run that waits, and none that runs."""
+        rows = await self._database.rows(
+            "SELECT DISTINCT thread_id FROM runs p WHERE status = 'pending' AND NOT EXISTS"
+            " (SELECT FROM runs r WHERE r.thread_id = p.thread_id AND r.status = 'running') LIMIT %s",
+            [limit],
+        )
+        return [row["thread_id"] for row in rows]
+
+    async def claim_left(
+        self, mine: Sequence[str], deaf_seconds: float, dead_seconds: float, limit: int, *, others: bool
+    ) -> list[Run]:
+        """Take runs whose worker is dead, and those that are this worker's but not in `mine`: it forgot them.
+
+        A worker that was killed is not only silent: its connection that listens is gone too, and then fewer missed
+        beats are enough. After a start of Postgres all of them are gone, and all get time to come back.
+        """
+        query: LiteralString = (
+            "UPDATE runs SET worker = %(worker)s, attempt = attempt + 1, updated_at = now() WHERE run_id IN"
+            " (SELECT run_id FROM runs WHERE status = 'running' AND CASE WHEN worker = %(worker)s"
+            " THEN NOT run_id = ANY(%(mine)s::uuid[]) AND updated_at < now() - make_interval(secs => %(dead)s)"
+            " ELSE %(others)s AND pg_postmaster_start_time() < now() - make_interval(secs => %(dead)s)"
+            " AND NOT EXISTS (SELECT FROM workers w WHERE w.worker = runs.worker"
+            " AND (w.seen > now() - make_interval(secs => %(deaf)s) OR w.seen > now() - make_interval(secs => %(dead)s)"
+            " AND EXISTS (SELECT FROM pg_stat_activity WHERE application_name = %(listener)s || w.worker))) END"
+            " LIMIT %(limit)s FOR UPDATE SKIP LOCKED)"
+            f" RETURNING {RUN}"
+        )
+        parameters = {
+            "worker": self.worker, "mine": list(mine), "deaf": deaf_seconds, "dead": dead_seconds, "limit": limit,
+            "others": others, "listener": LISTENER,
+        }  # fmt: skip
+        return [_run(row) for row in await self._database.rows(query, parameters)]
+
+    async def hand_back(self, run: Run) -> None:
+        """Let another worker go on with a run. This attempt does not count."""
+        await self._database.rows(
+            "UPDATE runs SET status = 'pending', worker = NULL,"
+            " attempt = attempt + 1, first_attempt = first_attempt + 1"
+            " WHERE run_id = %s AND worker = %s AND attempt = %s AND status = 'running' RETURNING run_id",
+            [run.run_id, self.worker, run.attempt],
+        )
+
+    async def _claim(self, query: LiteralString, parameters: Sequence[Any]) -> Run | None:
+        try:
+            return _first(await self._database.rows(query, parameters))
+        except StorageUnavailable as error:
+            if isinstance(error.__cause__, psycopg.errors.UniqueViolation):
+                return None  # somebody else was faster
+            raise
+
+    # Keeping
+
+    async def save(self, run: Run, batch: Batch) -> None:
+        """Store what an attempt has so far. Raises RunLost where the run is somebody else's by now."""
+        rows = await self._database.run(SAVE, [run.run_id, self.worker, run.attempt, *batch.columns()])
+        if not rows[0]["mine"]:
+            raise RunLost
+
+    async def finish(self, run: Run, batch: Batch, outcome: Outcome) -> bool:
+        """Store the rest together with how it ended, and tell whether another run waits for the thread."""
+        result = orjson.dumps(outcome.result).decode() if outcome.result is not None else None
+        error = orjson.dumps(outcome.error).decode() if outcome.error is not None else None
+        # Nearly always there is one checkpoint and one channel: the plain values cost half of what the columns do.
+        one = len(batch.checkpoints) == len(batch.blobs) == 1 and not batch.writes
+        rows = await self._database.run(
+            FINISH_ONE if one else FINISH,
+            [
+                outcome.status, result, error, run.run_id, self.worker, run.attempt,
+                *(batch.only() if one else batch.columns()),
+                outcome.thread_status, run.thread_id,
+            ],
+        )  # fmt: skip
+        if not rows[0]["mine"]:
+            # Stored already, where the answer to an earlier try was lost on its way?
+            stored = await self.find(run.run_id)
+            if stored is None or stored.attempt != run.attempt or stored.status != outcome.status:
+                raise RunLost
+            return True
+        run.updated_at = rows[0]["now"]
+        return bool(rows[0]["more"])
+
+    async def roll_back(self, run: Run) -> None:
+        """Delete a run of this worker's and its checkpoints, as if it had never been."""
+        query: LiteralString = (
+            "WITH mine AS (DELETE FROM runs WHERE run_id = %s AND worker = %s AND status = 'running'"
+            " RETURNING thread_id, run_id), gone AS (DELETE FROM checkpoints USING mine"
+            " WHERE checkpoints.thread_id = mine.thread_id AND metadata->>'run_id' = mine.run_id::text"
+            " RETURNING checkpoints.thread_id, checkpoint_ns, checkpoint_id)"
+            " DELETE FROM checkpoint_writes w USING gone WHERE w.thread_id = gone.thread_id"
+            " AND w.checkpoint_ns = gone.checkpoint_ns AND w.checkpoint_id = gone.checkpoint_id RETURNING 1"
+        )
+        await self._database.rows(query, [run.run_id, self.worker])
+
+    # Cancelling and waiting
+
+    async def cancel(self, run_id: str, action: Literal["interrupt", "rollback"]) -> tuple[str, str] | None:
+        """Ask for a run's end. What it was, and whose it is, unless it was final."""
+        rows = await self._database.rows(CANCEL, {"run": run_id, "action": action})
+        return (rows[0]["was"], rows[0]["owner"]) if rows else None
+
+    async def others_on(self, run: Run) -> list[str]:
+        """The runs that keep this one from its thread."""
+        rows = await self._database.rows(
+            "SELECT run_id::text FROM runs WHERE thread_id = %s AND run_id <> %s AND (status = 'running'"
+            " OR status = 'pending'"
+            " AND (created_at, run_id) < (SELECT created_at, run_id FROM runs WHERE run_id = %s))",
+            [run.thread_id, run.run_id, run.run_id],
+        )
+        return [row["run_id"] for row in rows]
+
+    async def watch(self, run_id: str) -> Run | None:
+        """Have its end told on the channel."""
+        query: LiteralString = f"UPDATE runs SET watched = true WHERE run_id = %s RETURNING {RUN}"
+        return _first(await self._database.rows(query, [run_id]))
+
+    async def notify(self, message: str) -> None:
+        await self._database.rows("SELECT pg_notify(%s, %s)", [CHANNEL, message])
+
+    # Reading
+
+    async def list(
+        self, thread_id: str, statuses: Sequence[str] | None, limit: int, offset: int, *, oldest_first: bool = False
+    ) -> list[Run]:
+        order: LiteralString = "ASC" if oldest_first else "DESC"
+        query: LiteralString = (
+            f"SELECT {RUN} FROM runs WHERE thread_id = %s AND (%s::text[] IS NULL OR status = ANY(%s::text[]))"
+            f" AND options->>'kind' IS NULL ORDER BY created_at {order}, run_id {order} LIMIT %s OFFSET %s"
+        )
+        listed = list(statuses) if statuses is not None else None
+        return [_run(row) for row in await self._database.rows(query, [thread_id, listed, listed, limit, offset])]
+
+    async def delete(self, run_id: str) -> bool:
+        query: LiteralString = (
+            "DELETE FROM runs WHERE run_id = %s AND status NOT IN ('pending', 'running') RETURNING run_id"
+        )
+        return bool(await self._database.rows(query, [run_id]))
+
+    async def delete_thread(self, owner: str, thread_id: str) -> bool:
+        """A thread, its runs and its checkpoints. Whoever works on it finds that the run is not there any more."""
+        for _ in range(3):
+            try:
+                async with self._database.pool.connection() as connection, connection.transaction():
+                    gone = await connection.execute(
+                        "DELETE FROM threads WHERE thread_id = %s AND owner = %s RETURNING thread_id",
+                        [thread_id, owner],
+                    )
+                    if await gone.fetchone() is None:
+                        return False
+                    # After that one, which waits for a run that is just being stored.
+                    await connection.execute("DELETE FROM checkpoints WHERE thread_id = %s", [thread_id])
+                    await connection.execute("DELETE FROM checkpoint_blobs WHERE thread_id = %s", [thread_id])
+                    await connection.execute("DELETE FROM checkpoint_writes WHERE thread_id = %s", [thread_id])
+                    return True
+            except psycopg.errors.DeadlockDetected:
+                continue
+            except psycopg.Error as error:
+                raise StorageUnavailable from error
+        raise StorageUnavailable
+
+    # Workers
+
+    async def beat(self, forget_seconds: float) -> None:
+        await self._database.rows(
+            "WITH gone AS (DELETE FROM workers WHERE seen < now() - make_interval(secs => %s))"
+            " INSERT INTO workers (worker, seen) VALUES (%s, now()) ON CONFLICT (worker) DO UPDATE SET seen = now()"
+            " RETURNING worker",
+            [forget_seconds, self.worker],
+        )
+
+    async def leave(self) -> None:
+        await self._database.rows("DELETE FROM workers WHERE worker = %s RETURNING worker", [self.worker])
+
+    def connections(self) -> dict[str, int]:
+        """This worker's use of its pool."""
+        stats = self._database.pool.get_stats()
+        idle = stats.get("pool_available", 0)
+        return {"busy": stats.get("pool_size", 0) - idle, "idle": idle, "wanted": stats.get("requests_waiting", 0)}
+
+    async def counts(self) -> dict[str, int]:
+        rows = await self._database.rows(
+            "SELECT (SELECT count(*) FROM runs WHERE status = 'pending') AS pending,"
+            " (SELECT count(*) FROM runs WHERE status = 'running') AS running"
+        )
+        return dict(rows[0])
+
+
+class Channel:
+    """What the workers tell each other: one connection that listens, opened anew whenever it breaks."""
+
+    def __init__(self, conninfo: str, worker: str, on_message: Callable[[str], None]) -> None:
+        self._conninfo = make_conninfo(conninfo, application_name=f"{LISTENER}{worker}")
+        self._on_message = on_message
+
+    async def listen(self) -> None:
+        while True:
+            started = time.monotonic()
+            try:
+                async with await psycopg.AsyncConnection.connect(self._conninfo, autocommit=True) as connection:
+                    await connection.execute(f"LISTEN {CHANNEL}")
+                    async for notification in connection.notifies():
+                        self._on_message(notification.payload)
+            except psycopg.Error as error:
+                logger.warning("not listening", extra={"error": type(error).__name__})
+            await asyncio.sleep(0.1 if time.monotonic() - started > 5 else 1)
+
+
+def _columns(rows: Sequence[tuple[Any, ...]], width: int) -> list[list[Any]]:
+    return [[row[index] for row in rows] for index in range(width)]
+
+
+def _first(rows: Sequence[DictRow]) -> Run | None:
+    return _run(rows[0]) if rows else None
+
+
+def _run(row: DictRow) -> Run:
+    return Run(**{**row, "options": RunOptions.from_json(row["options"])})
+
+
+INSERT: LiteralString = """
+WITH found AS (SELECT owner FROM threads WHERE thread_id = %(thread)s),
+made AS (
+    INSERT INTO threads (thread_id, owner, metadata)
+    SELECT %(thread)s, %(owner)s, %(metadata)s::jsonb WHERE %(create)s AND NOT EXISTS (SELECT FROM found)
+    ON CONFLICT DO NOTHING RETURNING owner
+),
+thread AS (SELECT owner FROM found UNION ALL SELECT owner FROM made),
+busy AS (
+    SELECT EXISTS (SELECT FROM runs WHERE thread_id = %(thread)s AND status = 'running')
+        OR EXISTS (SELECT FROM runs WHERE thread_id = %(thread)s AND status = 'pending') AS busy
+)
+INSERT INTO runs (run_id, thread_id, owner, turn_id, status, worker, watched, input, options)
+SELECT %(run)s, %(thread)s, %(owner)s, %(turn)s, CASE WHEN busy THEN 'pending' ELSE 'running' END,
+    CASE WHEN NOT busy THEN %(worker)s::uuid END, busy, %(input)s, %(options)s
+FROM thread, busy WHERE thread.owner = %(owner)s AND NOT (busy AND %(reject)s)
+ON CONFLICT DO NOTHING
+RETURNING status, created_at, EXISTS (SELECT FROM made) AS first
+"""
+
+# Checkpoints, blobs and writes, as the saver itself would store them, all of them if the run is this worker's.
+STORE: LiteralString = """
+c AS (
+    INSERT INTO checkpoints (thread_id, checkpoint_ns, checkpoint_id, parent_checkpoint_id, checkpoint, metadata)
+    SELECT mine.thread_id, ns, id, parent, checkpoint, metadata
+    FROM mine, unnest(%s::text[], %s::text[], %s::text[], %s::jsonb[], %s::jsonb[])
+        AS rows (ns, id, parent, checkpoint, metadata)
+    ON CONFLICT (thread_id, checkpoint_ns, checkpoint_id)
+    DO UPDATE SET checkpoint = EXCLUDED.checkpoint, metadata = EXCLUDED.metadata
+),
+b AS (
+    INSERT INTO checkpoint_blobs (thread_id, checkpoint_ns, channel, version, type, blob)
+    SELECT mine.thread_id, rows.* FROM mine, unnest(%s::text[], %s::text[], %s::text[], %s::text[], %s::bytea[])
+        AS rows (ns, channel, version, type, blob)
+    ON CONFLICT DO NOTHING
+),
+w AS (
+    INSERT INTO checkpoint_writes
+        (thread_id, checkpoint_ns, checkpoint_id, task_id, idx, task_path, channel, type, blob)
+    SELECT mine.thread_id, rows.*
+    FROM mine,
+        unnest(%s::text[], %s::text[], %s::text[], %s::int[], %s::text[], %s::text[], %s::text[], %s::bytea[])
+        AS rows (ns, checkpoint_id, task_id, idx, task_path, channel, type, blob)
+    ON CONFLICT (thread_id, checkpoint_ns, checkpoint_id, task_id, idx)
+    DO UPDATE SET channel = EXCLUDED.channel, type = EXCLUDED.type, blob = EXCLUDED.blob
+)
+"""
+
+SAVE: LiteralString = f"""
+WITH mine AS (
+    UPDATE runs SET updated_at = now() WHERE run_id = %s AND worker = %s AND attempt = %s AND status = 'running'
+    RETURNING thread_id
+),
+{STORE}
+SELECT EXISTS (SELECT FROM mine) AS mine
+"""
+
+STORE_ONE: LiteralString = """
+c AS (
+    INSERT INTO checkpoints (thread_id, checkpoint_ns, checkpoint_id, parent_checkpoint_id, checkpoint, metadata)
+    SELECT mine.thread_id, %s, %s, %s, %s::jsonb, %s::jsonb FROM mine
+    ON CONFLICT (thread_id, checkpoint_ns, checkpoint_id)
+    DO UPDATE SET checkpoint = EXCLUDED.checkpoint, metadata = EXCLUDED.metadata
+),
+b AS (
+    INSERT INTO checkpoint_blobs (thread_id, checkpoint_ns, channel, version, type, blob)
+    SELECT mine.thread_id, %s, %s, %s, %s, %b::bytea FROM mine
+    ON CONFLICT DO NOTHING
+)
+"""
+
+END: LiteralString = """
+WITH mine AS (
+    UPDATE runs SET status = %s, result = %s, error = %s, updated_at = now()
+    WHERE run_id = %s AND worker = %s AND attempt = %s AND status = 'running'
+    RETURNING thread_id, run_id, watched
+),"""
+
+TELL: LiteralString = f"""
+t AS (
+    UPDATE threads SET status = %s, updated_at = now(), last_active = now()
+    FROM mine WHERE threads.thread_id = mine.thread_id
+),
+told AS (SELECT pg_notify('{CHANNEL}', 'done ' || run_id) FROM mine WHERE watched)
+SELECT EXISTS (SELECT FROM mine) AS mine, now() AS now, (SELECT count(*) FROM told) AS told,
+    EXISTS (SELECT FROM runs WHERE thread_id = %s AND status = 'pending') AS more
+"""
+
+FINISH: LiteralString = f"{END}{STORE},{TELL}"
+FINISH_ONE: LiteralString = f"{END}{STORE_ONE},{TELL}"
+
+CANCEL: LiteralString = f"""
+WITH was AS (SELECT run_id, status FROM runs WHERE run_id = %(run)s FOR UPDATE),
+now AS (
+    UPDATE runs SET cancel = %(action)s, updated_at = now(),
+        status = CASE WHEN was.status = 'pending' THEN 'interrupted' ELSE was.status END,
+        error = CASE WHEN was.status = 'pending'
+            THEN '{{"code": "cancelled", "message": "The answer was stopped.", "status": 409}}'::json END
+    FROM was WHERE runs.run_id = was.run_id AND was.status IN ('pending', 'running')
+    RETURNING was.status AS was, runs.owner, runs.run_id
+)
+SELECT was, owner, CASE WHEN was = 'pending' THEN pg_notify('{CHANNEL}', 'done ' || run_id)
+    ELSE pg_notify('{CHANNEL}', 'cancel ' || run_id) END FROM now
+"""
