@@ -1,11 +1,15 @@
 #!/bin/sh
-# Installs the Debian packages that the tests run for real, where they are missing: Postgres, Redis and promtool.
+# Installs the Debian packages that the tests run for real, where they are missing: Postgres, Redis, nginx,
+# promtool and Chromium.
 # Nothing is started: the tests start servers of their own, on free loopback ports.
 set -eu
 missing=
 ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || missing="$missing postgresql"
 command -v redis-server >/dev/null || missing="$missing redis-server"
+PATH="$PATH:/usr/sbin" command -v nginx >/dev/null || missing="$missing nginx"
 command -v promtool >/dev/null || missing="$missing prometheus"
+command -v chromium >/dev/null || missing="$missing chromium fonts-dejavu-core"
+command -v chromedriver >/dev/null || missing="$missing chromium-driver"
 [ -n "$missing" ] || exit 0
 if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
   echo "The tests need these Debian packages:$missing. Install them, or run this as root on Debian or Ubuntu." >&2

@@ -106,11 +106,13 @@ class Loopback(http.client.HTTPSConnection):
         self.sock = ssl.create_default_context(cafile=str(CA_FILE)).wrap_socket(connection, server_hostname=DOMAIN)
 
 
-def ask(port: int, path: str, body: bytes | None = None, password: str | None = None) -> tuple[int, bytes]:
-    """Ask nginx over verified HTTPS, with a login if a password is given. Return the status and the body."""
+def ask(port: int, path: str, body: bytes | None = None, password: str | None = None, key: str | None = None) -> tuple[int, bytes]:
+    """Ask nginx over verified HTTPS, with a login if a password is given, or an API key. Return the status and the body."""
     headers = {"Content-Type": "application/json"}
     if password is not None:
         headers["Authorization"] = "Basic " + base64.b64encode(f"agent:{password}".encode()).decode()
+    if key is not None:
+        headers["X-Api-Key"] = key
     connection = Loopback(DOMAIN, port, timeout=180)
     try:
         connection.request("GET" if body is None else "POST", path, body, headers)
@@ -217,7 +219,8 @@ def run(port: int) -> None:
 def clean(_port: int) -> None:
     test_host.down(NAME)
     shutil.rmtree(STATE, ignore_errors=True)
-    SECRETS.unlink(missing_ok=True)
+    for file in (SECRETS, SECRETS.with_name("api_keys.yml")):
+        file.unlink(missing_ok=True)
 
 
 def main() -> int:

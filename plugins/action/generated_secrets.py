@@ -4,20 +4,16 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import string
-import tempfile
 from pathlib import Path
 from typing import Any
 
-import yaml
-from ansible.errors import AnsibleActionFail, AnsibleError
-from ansible.parsing.vault import VaultLib, match_encrypt_secret
-from ansible.parsing.yaml.dumper import AnsibleDumper
 from ansible.plugins.action import ActionBase
+from ansible_collections.selfhosted.agent_stack.plugins.plugin_utils._secrets_file import SecretsFile
 
 ALPHABET = string.ascii_letters + string.digits
+COMMENT = "Written by the playbook: secrets that were generated because the inventory gave none. Keep this file."
 
 
 def with_missing(existing: dict[str, str], names: list[str], length: int) -> tuple[dict[str, str], list[str]]:
@@ -25,21 +21,6 @@ def with_missing(existing: dict[str, str], names: list[str], length: int) -> tup
     created = [name for name in names if name not in existing]
     new = {name: "".join(secrets.choice(ALPHABET) for _ in range(length)) for name in created}
     return {**existing, **new}, created
-
-
-def write_private(path: Path, content: bytes) -> None:
-    """Replace a file as one step, readable by its owner only. A crash leaves either the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 class ActionModule(ActionBase):
@@ -58,36 +39,9 @@ class ActionModule(ActionBase):
                 "state": {"type": "str", "choices": ["present", "read"], "default": "present"},
             },
         )
-        path = Path(args["path"])
-        content = self._read(path)
-        existing = content.get(args["variable"]) or {}
-        if not isinstance(existing, dict):
-            raise AnsibleActionFail(f"{args['variable']} in {path} must be a mapping of names to secrets.")
-
-        values, created = with_missing(existing, args["names"], args["length"])
+        file = SecretsFile(self._loader, Path(args["path"]), args["variable"], COMMENT)
+        values, created = with_missing(file.values, args["names"], args["length"])
         writes = bool(created) and args["state"] == "present"
         if writes and not self._task.check_mode:
-            write_private(path, self._encode({**content, args["variable"]: values}))
+            file.write(values)
         return {**result, "changed": writes, "secrets": values, "created": created}
-
-    def _read(self, path: Path) -> dict[str, Any]:
-        if not path.exists():
-            return {}
-        try:
-            content = self._loader.load_from_file(str(path), cache="none")
-        except AnsibleError as error:
-            raise AnsibleActionFail(f"Cannot read {path}: {error}") from error
-        if content is None:
-            return {}
-        if not isinstance(content, dict):
-            raise AnsibleActionFail(f"{path} must hold YAML variables (a mapping).")
-        return content
-
-    def _encode(self, content: dict[str, Any]) -> bytes:
-        header = "---\n# Written by the playbook: secrets that were generated because the inventory gave none. Keep this file.\n"
-        text = (header + yaml.dump(content, Dumper=AnsibleDumper, sort_keys=True)).encode()
-        vault_secrets = self._loader._vault.secrets
-        if not vault_secrets:
-            return text
-        identity, secret = match_encrypt_secret(vault_secrets)
-        return bytes(VaultLib(vault_secrets).encrypt(text, secret=secret, vault_id=identity))

@@ -110,7 +110,7 @@ def https() -> Callable[..., tuple[int, bytes]]:
     """Ask nginx through the published port, with raw bodies; return status and body."""
     port = int(test_host.run("docker", "port", demo.NAME, "443/tcp").rpartition(":")[2])
 
-    def ask(path: str, body: bytes | None = None, password: str | None = None) -> tuple[int, bytes]:
-        return demo.ask(port, path, body, password)
+    def ask(path: str, body: bytes | None = None, password: str | None = None, key: str | None = None) -> tuple[int, bytes]:
+        return demo.ask(port, path, body, password, key)
 
     return ask

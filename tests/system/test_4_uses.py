@@ -49,7 +49,7 @@ def test_installed_collection_finds_nothing_to_change(installed: Path, play: Cal
 
 
 def test_documentation_of_the_installed_collection_renders(installed: Path) -> None:
-    for name in ("directory_digest", "file_tree", "generated_secrets", "gpu_vram_info", "vllm_health", "vllm_plan"):
+    for name in ("api_key_file", "directory_digest", "file_tree", "generated_secrets", "gpu_vram_info", "vllm_health", "vllm_plan"):
         text = tool("ansible-doc", "--playbook-dir", str(installed), "--type", "module", f"selfhosted.agent_stack.{name}", cwd=installed)
         assert name in text
 

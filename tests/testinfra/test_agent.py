@@ -32,6 +32,27 @@ def test_agent_is_ready(host: Host) -> None:
     assert json.loads(host.check_output("python3 -c %s %s", fetch, f"http://{address}/ready")) == {"status": "ready"}
 
 
+def test_nobody_is_a_user_by_saying_so(host: Host) -> None:
+    """Neither another container nor a program on the host: only nginx knows the secret."""
+    address = f"http://{host.check_output(f'{AGENT} port agent 8080')}/threads"
+    curl = "curl -s -o /dev/null -w '%{http_code}' -X POST -H 'X-Forwarded-User: agent'"
+    assert host.check_output(f"{curl} {address}") == "401"
+    assert host.check_output(f"{curl} -H 'X-Proxy-Secret: none' {address}") == "401"
+
+
+def test_what_is_old_goes_every_night(host: Host) -> None:
+    timer = host.service("agent-stack-agent-retention.timer")
+    assert timer.is_running
+    assert timer.is_enabled
+    summary = json.loads(host.check_output(f"{AGENT} run --rm --no-TTY --no-deps retention --dry-run").splitlines()[0])
+    assert summary["dry_run"] is True
+
+
+def test_the_keys_can_be_listed(host: Host) -> None:
+    listed = json.loads(host.check_output(f"{AGENT} run --rm --no-TTY --no-deps keys list"))["keys"]
+    assert all(len(key["sha256"]) == 64 for key in listed)
+
+
 def test_gateway_lets_the_agent_do_what_it_needs_and_no_more(host: Host) -> None:
     assert from_agent(host, f"{GATEWAY}/v1/models") == "200"
     for method, path in (("POST", "/v1/models"), ("GET", "/metrics"), ("POST", "/invocations"), ("POST", "/sleep"), ("GET", "/v1/completions")):

@@ -71,6 +71,21 @@ def test_a_wrong_password_is_refused(edge: Edge) -> None:
     assert edge.curl("/", "--user agent:wrong")[0] == 401
 
 
+def test_a_key_is_the_agents_to_judge(edge: Edge) -> None:
+    for header in ("X-Api-Key: none", "Authorization: Bearer none"):
+        status, headers, body = edge.curl("/threads", f"--request POST --header '{header}'")
+        assert (status, headers["www-authenticate"], json.loads(body)["error"]["code"]) == (401, "Bearer", "unauthorized")
+        for path in ("/metrics", "/ready"):
+            status, headers, _ = edge.curl(path, f"--header '{header}'")
+            assert (status, headers["www-authenticate"].split()[0]) == (401, "Basic")
+        assert edge.curl("/v1/models", f"--header '{header}'")[0] == 404
+
+
+def test_the_proxy_secret_is_closed_to_other_users(host: Host) -> None:
+    file = host.file("/etc/nginx/agent-stack/proxy_secret.conf")
+    assert (file.user, file.mode) == ("root", 0o600)
+
+
 def test_health_needs_no_password(edge: Edge) -> None:
     status, headers, _ = edge.curl("/health")
     assert status in {200, 502, 503, 504}
