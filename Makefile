@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help venv demo demo-clean test lint unit agent-test promtool-test molecule uses build pin-images record-vllm lock clean
+.PHONY: help venv demo demo-clean test lint unit agent-test promtool-test molecule system-test bench-agent bench-rows bench-retention drill-agent pin-images record-vllm lock clean
 
 PYTHON ?= python3
 DEMO_PORT ?= 8443
@@ -42,18 +42,25 @@ lint: venv
 	yamllint --strict .
 	ansible-lint --strict --offline
 
-## make unit          tables over the plugins, role specifications against defaults, metric names
+## make unit          tables over the plugins, role specifications against defaults, metric names, nginx's configuration
 unit: venv
+	sh tests/packages.sh
 	python -m pytest -q tests/unit
 
 ## make agent-test    the agent service against real Postgres and Redis
 agent-test: .cache/agent-venv/.complete
 	sh tests/packages.sh
 	cd files/agent && $(CURDIR)/.cache/agent-venv/bin/python -m mypy --strict src && $(CURDIR)/.cache/agent-venv/bin/python -m pytest -q
+	cd bench && $(CURDIR)/.cache/agent-venv/bin/python -m mypy . && $(CURDIR)/.cache/agent-venv/bin/python -B -m pytest -q
 
 .cache/agent-venv/.complete: .venv/.complete files/agent/requirements-test.lock
 	$(PYTHON) -m venv --clear .cache/agent-venv
 	uv pip install --quiet --python .cache/agent-venv/bin/python --require-hashes -r files/agent/requirements-test.lock
+	touch $@
+
+.cache/bench-venv/.complete: .venv/.complete bench/requirements.lock
+	$(PYTHON) -m venv --clear .cache/bench-venv
+	uv pip install --quiet --python .cache/bench-venv/bin/python --require-hashes -r bench/requirements.lock
 	touch $@
 
 ## make promtool-test promtool test rules, for every alert
@@ -71,6 +78,26 @@ molecule: venv
 system-test: demo
 	python -m pytest -q -x --durations=10 -rP tests/system
 
+## make bench-agent   the agent against its peers on this machine: latency added and turns/s; about 25 minutes
+bench-agent: .cache/agent-venv/.complete .cache/bench-venv/.complete
+	sh tests/packages.sh
+	cd bench && $(CURDIR)/.cache/agent-venv/bin/python agent.py
+
+## make bench-rows    the agent's latency with 1,000,000 checkpoints and 10,000 idle threads; about ten minutes
+bench-rows: .cache/agent-venv/.complete
+	sh tests/packages.sh
+	cd bench && $(CURDIR)/.cache/agent-venv/bin/python rows.py
+
+## make drill-agent   200 workers and 50 Postgres servers are killed under load, then every turn is looked for
+drill-agent: .cache/agent-venv/.complete
+	sh tests/packages.sh
+	cd files/agent && $(CURDIR)/.cache/agent-venv/bin/python tests/drills/kill_drill.py
+
+## make bench-retention  what live turns notice while the retention job deletes 100,000 threads; about five minutes
+bench-retention: .cache/agent-venv/.complete
+	sh tests/packages.sh
+	cd bench && $(CURDIR)/.cache/agent-venv/bin/python retention.py
+
 ## make pin-images    ask the registries for the digests of all images, and use them from then on
 pin-images: venv
 	python tools/pin_images.py
@@ -84,5 +111,6 @@ lock: venv
 	$(COMPILE) requirements-dev.in -o requirements-dev.lock
 	cd files/agent && $(COMPILE) requirements.in -o requirements.lock
 	cd files/agent && $(COMPILE) -c requirements.lock requirements-test.in -o requirements-test.lock
+	cd bench && $(COMPILE) requirements.in -o requirements.lock
 
 COMPILE := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
