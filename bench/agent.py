@@ -265,13 +265,21 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def conditions(bench: Bench, seconds: float, rounds: int) -> str:
-    processor = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "?")
+def peer_versions() -> str:
     code = "import importlib.metadata as m; print(*(m.version(p) for p in ('langgraph', 'langgraph-api', 'langgraph-cli')))"
     graph, api, cli = subprocess.run([PEERS / "python", "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    return (
+        f"peers: langgraph {graph}; the guide's service with two workers; langgraph-api {api} in memory, started by langgraph-cli {cli}, "
+        "as it comes (one run at a time) and with 10 at a time"
+    )
+
+
+def conditions(bench: Bench, seconds: float, rounds: int) -> str:
+    processor = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "?")
     postgres = bench.postgres.rows("postgres", "SELECT current_setting('server_version'), current_setting('fsync')")[0]
     redis = subprocess.run([bench.redis.program, "--version"], capture_output=True, text=True, check=True).stdout.split()[2].removeprefix("v=")
     own = {name: metadata.version(name) for name in ("langgraph", "uvicorn", "psycopg")}
+    peers = [peer_versions()] if any(service.name != OURS for service in bench.services) else []
     load_generator = "load generator, model, Postgres and Redis on the same processors"
     return "\n".join(
         f"- {line}"
@@ -279,8 +287,7 @@ def conditions(bench: Bench, seconds: float, rounds: int) -> str:
             f"{time.strftime('%Y-%m-%d')}; {os.cpu_count()} processors ({processor}), Linux {platform.release()}; {load_generator}",
             f"Postgres {postgres[0]} (fsync {postgres[1]}), Redis {redis}, Python {platform.python_version()}",
             f"ours: langgraph {own['langgraph']}, uvicorn {own['uvicorn']}, psycopg {own['psycopg']}, two workers",
-            f"peers: langgraph {graph}; the guide's service with two workers; langgraph-api {api} in memory, started by langgraph-cli {cli}, "
-            "as it comes (one run at a time) and with 10 at a time",
+            *peers,
             f"the model answers with {len(WORDS)} tokens; each turn starts a new thread; {rounds} rounds of {seconds:g} s, medians",
             f"others on the machine took {middle(bench.foreign) * 100:.0f}% of a processor (median), {max(bench.foreign, default=nan) * 100:.0f}% at most",
         )

@@ -92,12 +92,17 @@ def pair_processes(migrated: Postgres, redis: Redis, model_process: Model) -> It
 
 
 @pytest.fixture
-def pair(pair_processes: tuple[Agent, Agent], model: Model) -> tuple[Agent, Agent]:
-    """Two services, both alive, whatever the test before has done to them."""
+def pair(pair_processes: tuple[Agent, Agent], agent_process: Agent, model: Model) -> Iterator[tuple[Agent, Agent]]:
+    """Two services, both alive, whatever the test before has done to them.
+
+    The service of the other tests shares their database: it is frozen, or it would take over what they leave.
+    """
     for service in pair_processes:
         if service.process is None or service.process.poll() is not None:
             service.start()
-    return pair_processes
+    agent_process.freeze()
+    yield pair_processes
+    agent_process.thaw()
 
 
 @pytest.fixture
@@ -172,6 +177,7 @@ class TestKilledWorker:
         assert start_run(first, "killed-after-tool", message).status_code == 200
         stored = "SELECT count(*) FROM checkpoints WHERE thread_id = 'killed-after-tool'"
         wait_until(lambda: migrated.query(stored)[0][0] >= 3, "the tool's result is stored")
+        wait_until(lambda: len(model.requests()) == 2, "the model is asked about it")
         first.process.kill()
         wait_until(lambda: status(migrated, "killed-after-tool") == ["success"], "the turn is finished", 15)
         assert [message["type"] for message in messages(second, "killed-after-tool")] == ["human", "ai", "tool", "ai"]
