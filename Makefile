@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help venv demo demo-clean test lint unit agent-test promtool-test molecule system-test bench-agent bench-rows bench-retention drill-agent pin-images record-vllm lock clean
+.PHONY: help venv demo demo-clean test lint unit agent-test promtool-test molecule molecule-swap system-test bench-agent bench-swap bench-rows bench-retention drill-agent pin-images record-vllm lock clean
 
 PYTHON ?= python3
 DEMO_PORT ?= 8443
@@ -31,14 +31,14 @@ demo-clean: venv
 	$(BIN)/python tools/demo.py clean
 
 ## make test          everything that CI runs; under 45 minutes on two cores
-test: lint unit agent-test promtool-test molecule system-test
+test: lint unit agent-test promtool-test molecule molecule-swap system-test
 	@echo "== all tests passed"
 
 ## make lint          ansible-lint (production), yamllint, ruff, mypy
 lint: venv
 	ruff check . && ruff format --check .
 	cd files/agent && ruff check . && ruff format --check .
-	mypy tools plugins/plugin_utils plugins/module_utils plugins/modules plugins/lookup plugins/action bench/gpu_plan_compare.py tests/unit tests/system tests/testinfra tests/promtool tests/host
+	mypy tools plugins/plugin_utils plugins/module_utils plugins/modules plugins/lookup plugins/action bench/gpu_plan_compare.py tests/unit tests/system tests/testinfra tests/promtool tests/host tests/swap bench/swap.py bench/gpu_swap.py
 	yamllint --strict .
 	ansible-lint --strict --offline
 
@@ -73,6 +73,20 @@ molecule: venv
 	python tests/host/host.py engine
 	python tools/machine.py .cache/machine.json
 	molecule test -s default
+
+## make molecule-swap swaps of scripted models on a host of their own: good, bad, slow and dying ones, under load, killed on the way
+molecule-swap: venv
+	python tests/host/host.py engine
+	python tools/machine.py .cache/machine.json
+	molecule test -s swap
+
+## make bench-swap    swaps under load in the same host: 20 side by side at 100 requests/s, then on one GPU; about ten minutes
+bench-swap: venv
+	python tests/host/host.py engine
+	python tools/machine.py .cache/machine.json
+	molecule converge -s swap
+	python bench/swap.py bench/gpu_swap.py
+	molecule destroy -s swap
 
 ## make system-test   make demo (a real model on the CPU), then drills on its host: second run, bad input, secrets, recovery
 system-test: demo

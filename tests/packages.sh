@@ -1,12 +1,13 @@
 #!/bin/sh
 # Installs the Debian packages that the tests run for real, where they are missing: Postgres, Redis, nginx,
-# promtool and Chromium.
+# HAProxy, promtool and Chromium.
 # Nothing is started: the tests start servers of their own, on free loopback ports.
 set -eu
 missing=
 ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || missing="$missing postgresql"
 command -v redis-server >/dev/null || missing="$missing redis-server"
 PATH="$PATH:/usr/sbin" command -v nginx >/dev/null || missing="$missing nginx"
+PATH="$PATH:/usr/sbin" command -v haproxy >/dev/null || missing="$missing haproxy"
 command -v promtool >/dev/null || missing="$missing prometheus"
 command -v chromium >/dev/null || missing="$missing chromium fonts-dejavu-core"
 command -v chromedriver >/dev/null || missing="$missing chromium-driver"

@@ -131,7 +131,7 @@ def request(port: int, path: str, body: dict[str, Any] | None = None, password: 
 def model_counters() -> dict[str, float]:
     """Return vLLM's own counts of prompt and generated tokens."""
     script = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:8000/metrics', timeout=10).read().decode())"
-    text = on_host("docker", "exec", "agent-stack-vllm-vllm-1", "python3", "-c", script)
+    text = on_host("docker", "exec", "agent-stack-vllm-blue-server-1", "python3", "-c", script)
     return {name: sum(map(float, re.findall(rf"^vllm:{name}_total{{.*}} (\S+)$", text, re.M))) for name in ("prompt_tokens", "generation_tokens")}
 
 

@@ -49,6 +49,20 @@ def chat_request(model: str, max_tokens: int) -> bytes:
     return _request(model, "Say yes.", max_tokens)
 
 
+def golden_request(model: str, prompt: str, max_tokens: int) -> bytes:
+    """Return the body of a chat completion that asks a question of the user's."""
+    return _request(model, prompt, max_tokens)
+
+
+def golden_answer(body: bytes, prompt: str, expect: str) -> None:
+    """Raise ApiError unless the answer contains what the regular expression describes."""
+    completion_tokens(body)
+    message = json.loads(body)["choices"][0].get("message") or {}
+    answer = str(message.get("content") or "")
+    if not re.search(expect, answer, re.IGNORECASE):
+        raise ApiError(f"the answer to {prompt[:80]!r} was {answer[:120]!r}, in which {expect!r} is not found")
+
+
 def tool_request(model: str, prompt: str, max_tokens: int, *, stream: bool) -> bytes:
     """Return the body of a chat completion that a model with tools answers with a call."""
     return _request(model, prompt or TOOL_PROMPT, max_tokens, tools=TOOLS, tool_choice="auto", stream=stream)

@@ -9,6 +9,10 @@ It has no model: the last user message is its script.
     [[fault KIND]]            an HTTP status, or hang, reset, truncate, garbage, surrogate, overflow
     anything else             is answered with the number of user messages and a quotation of the first one
 
+The last part of the model's path tells how the server itself behaves: `...-slow-SECONDS` is long in starting, `...-dying` ends while it starts,
+`...-dull` answers everything with garbage, `...-blunt` calls no tools. With VLLM_SERVER_DEV_MODE=1 it sleeps and wakes up as vLLM does, and
+takes `...-nap-SECONDS` to fall asleep; asked while it sleeps it fails. `system_fingerprint` in an answer is the name of the model.
+
 GET /_control tells the last requests and the faults set. POST /_control {"fault": KIND, "times": N} makes the next N
 generations fail whatever they ask (null ends it), {"health": STATUS} changes what /health says, {"clear": true}
 forgets everything.
@@ -115,9 +119,12 @@ class ModelServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, address, names, api_keys=(), max_model_len=8192):
+    def __init__(self, address, names, api_keys=(), max_model_len=8192, model="scripted", dev_mode=False):
         super().__init__(address, Handler)
         self.names = names
+        self.model = model
+        self.dev_mode = dev_mode
+        self.asleep = False
         self.api_keys = set(api_keys)
         self.max_model_len = max_model_len
         self.metrics = Metrics(names[0])
@@ -174,6 +181,8 @@ class Handler(BaseHTTPRequestHandler):
             self.reply_json(200, {"version": "0.0.0+scripted"})
         elif path == "/_control":
             self.reply_json(200, self.server.state())
+        elif path == "/is_sleeping" and self.server.dev_mode:
+            self.reply_json(200, {"is_sleeping": self.server.asleep})
         elif path == "/v1/models":
             if self.authorised():
                 length = self.server.max_model_len
@@ -191,8 +200,15 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/_control":
             self.server.control(body)
             return self.reply_json(200, self.server.state())
+        if path in ("/sleep", "/wake_up") and self.server.dev_mode:
+            if path == "/sleep":
+                time.sleep(seconds_in(self.server.model, "nap"))
+            self.server.asleep = path == "/sleep"
+            return self.reply(200, b"")
         if path != "/v1/chat/completions":
             return self.refuse(404, "Not Found")
+        if self.server.asleep:
+            return self.refuse(500, "The engine sleeps")
         if not self.authorised():
             return None
         if body.get("model") not in self.server.names:
@@ -220,11 +236,14 @@ class Handler(BaseHTTPRequestHandler):
         wishes = dict(script)
         if "delay" in wishes:
             time.sleep(float(wishes["delay"]))
-        fault = self.server.next_fault() or wishes.get("fault")
+        fault = self.server.next_fault() or wishes.get("fault") or ("garbage" if self.server.model.endswith("-dull") else None)
         if fault and fault not in ("truncate", "surrogate"):
             return self.fail(fault)
 
         done = tool_results(messages)
+        if body.get("tools") and "Call the tool report_number" in (users or [""])[-1] and not self.server.model.endswith("-blunt"):
+            # What vllm_health asks for; a model with tools understands it.
+            script = [("tool", 'report_number {"number": 7}')]
         calls = [wish.partition(" ")[::2] for kind, wish in script if kind == "loop" or (kind == "tool" and not done)]
         if calls:
             content = None
@@ -243,6 +262,7 @@ class Handler(BaseHTTPRequestHandler):
         usage = {"prompt_tokens": prompt, "completion_tokens": max(1, len(pieces))}
         usage["total_tokens"] = sum(usage.values())
         answer = {"id": f"chatcmpl-{time.monotonic_ns()}", "created": int(time.time()), "model": body["model"]}
+        answer["system_fingerprint"] = self.server.model
         tool_calls = [
             {"id": f"call-{time.monotonic_ns()}-{number}", "type": "function"} | {"function": {"name": name, "arguments": arguments}}
             for number, (name, arguments) in enumerate(calls)
@@ -367,6 +387,12 @@ def tool_results(messages):
     return results
 
 
+def seconds_in(model, what):
+    """The number in `...-WHAT-SECONDS` of a model's name, or 0."""
+    found = re.search(rf"-{what}-([0-9.]+)", model)
+    return float(found[1]) if found else 0.0
+
+
 def parse_arguments(argv):
     """Take what `vllm serve` takes; what matters only to a real model is ignored."""
     parser = argparse.ArgumentParser(prog="vllm", allow_abbrev=False)
@@ -383,7 +409,11 @@ def main():
     arguments = parse_arguments(sys.argv[1:])
     length = int(arguments.max_model_len) if arguments.max_model_len.isdecimal() else 8192
     names = arguments.served_model_name or [arguments.model]
-    server = ModelServer((arguments.host, arguments.port), names, arguments.api_key, length)
+    model = os.path.basename(arguments.model)
+    time.sleep(seconds_in(model, "slow"))
+    if model.endswith("-dying"):
+        sys.exit("RuntimeError: CUDA out of memory, says the script")
+    server = ModelServer((arguments.host, arguments.port), names, arguments.api_key, length, model, os.environ.get("VLLM_SERVER_DEV_MODE") == "1")
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     print(f"scripted model server: {names[0]} on {arguments.host}:{server.server_port}", flush=True)
     server.serve_forever()

@@ -75,10 +75,10 @@ def test_what_the_agent_reaches(on_host: Callable[..., str], url: str, answer: s
 
 
 def test_the_model_has_no_way_out_and_nobody_else_reaches_it(on_host: Callable[..., str], containers: Containers) -> None:
-    assert python_in(on_host, "agent-stack-vllm-vllm-1", STATUS.format(url="http://1.1.1.1/")) == "unreachable"
+    assert python_in(on_host, "agent-stack-vllm-blue-server-1", STATUS.format(url="http://1.1.1.1/")) == "unreachable"
     networks = {name: set(item["NetworkSettings"]["Networks"]) for name, item in containers().items()}
     gateway = containers()["agent-stack-vllm-gateway-1"]["NetworkSettings"]["Networks"]
-    assert {name for name, joined in networks.items() if "agent-stack-model" in joined} == {"agent-stack-vllm-vllm-1", "agent-stack-vllm-gateway-1"}
+    assert {name for name, joined in networks.items() if "agent-stack-model" in joined} == {"agent-stack-vllm-blue-server-1", "agent-stack-vllm-gateway-1"}
     assert {name for name, joined in networks.items() if "agent-stack-inference" in joined} == {
         "agent-stack-agent-agent-1",
         "agent-stack-vllm-gateway-1",

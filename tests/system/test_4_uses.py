@@ -49,21 +49,21 @@ def test_installed_collection_finds_nothing_to_change(installed: Path, play: Cal
 
 
 def test_documentation_of_the_installed_collection_renders(installed: Path) -> None:
-    for name in ("api_key_file", "directory_digest", "file_tree", "generated_secrets", "gpu_vram_info", "vllm_health", "vllm_plan"):
+    for name in ("api_key_file", "directory_digest", "file_tree", "generated_secrets", "gpu_vram_info", "vllm_health", "vllm_plan", "vllm_swap"):
         text = tool("ansible-doc", "--playbook-dir", str(installed), "--type", "module", f"selfhosted.agent_stack.{name}", cwd=installed)
         assert name in text
 
 
-def render_vllm(tmp_path: Path, **variables: object) -> str:
-    """Render the vllm role's Compose file on the controller."""
+def render_vllm(tmp_path: Path, template: str, **variables: object) -> str:
+    """Render a template of the vllm role on the controller."""
     playbook = tmp_path / "render.yml"
     target = tmp_path / "compose.yml"
     role = ROOT / "roles" / "vllm"
-    tasks: list[dict[str, Any]] = [{"ansible.builtin.template": {"src": str(role / "templates" / "compose.yml.j2"), "dest": str(target), "mode": "0600"}}]
+    tasks: list[dict[str, Any]] = [{"ansible.builtin.template": {"src": str(role / "templates" / template), "dest": str(target), "mode": "0600"}}]
     files = [ROOT / "roles" / name / kind / "main.yml" for name in ("agent_stack", "vllm") for kind in ("defaults", "vars")]
     play = {"hosts": "localhost", "connection": "local", "gather_facts": False, "vars_files": [str(file) for file in files], "tasks": tasks}
     playbook.write_text(yaml.safe_dump([play]))
-    given = {"agent_stack_component_revision": "0", "ansible_python_interpreter": sys.executable, **variables}
+    given = {"agent_stack_component_revision": "0", "role_path": str(role), "ansible_python_interpreter": sys.executable, **variables}
     environment = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")}
     command = [str(TOOLS / "ansible-playbook"), "-i", "localhost,", str(playbook), "-e", json.dumps(given)]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -71,23 +71,56 @@ def render_vllm(tmp_path: Path, **variables: object) -> str:
     return target.read_text()
 
 
+def server_of(text: str, on_host: Callable[..., str]) -> dict[str, Any]:
+    """The service as the host's own Compose understands it, in a project such as the swap writes."""
+    config = json.loads(
+        on_host(
+            "docker",
+            "compose",
+            "--file",
+            "-",
+            "config",
+            "--format",
+            "json",
+            stdin=json.dumps({"name": "rendered", "services": {"server": yaml.safe_load(text)}}),
+        )
+    )
+    service: dict[str, Any] = config["services"]["server"]
+    return service
+
+
 def test_cuda_reserves_the_gpus(tmp_path: Path, on_host: Callable[..., str]) -> None:
-    text = render_vllm(tmp_path, vllm_device="cuda", vllm_model="Qwen/Qwen2.5-7B-Instruct", vllm_tensor_parallel_size=2, agent_stack_image_source="registry")
+    values = {"vllm_device": "cuda", "vllm_model": "Qwen/Qwen2.5-7B-Instruct", "vllm_tensor_parallel_size": 2, "agent_stack_image_source": "registry"}
+    server = server_of(render_vllm(tmp_path, "server.yml.j2", **values), on_host)
+    assert server["deploy"]["resources"]["reservations"]["devices"] == [{"driver": "cdi", "device_ids": ["nvidia.com/gpu=all"], "capabilities": ["gpu"]}]
+    assert server["image"].startswith("docker.io/vllm/vllm-openai:v")
+    command = server["command"]
+    assert command[0] == "/models/Qwen--Qwen2.5-7B-Instruct--main"
+    assert command[command.index("--tensor-parallel-size") + 1] == "2"
+    assert "--enforce-eager" not in command
+    # On a GPU two models share it by taking turns asleep, unless that is switched off.
+    assert "--enable-sleep-mode" in command
+    assert server["environment"]["VLLM_SERVER_DEV_MODE"] == "1"
+    awake = server_of(render_vllm(tmp_path, "server.yml.j2", **values, vllm_sleep_mode=False), on_host)
+    assert "--enable-sleep-mode" not in awake["command"]
+    assert "VLLM_SERVER_DEV_MODE" not in awake["environment"]
+    text = render_vllm(tmp_path, "compose.yml.j2", **values)
     config = json.loads(on_host("docker", "compose", "--file", "-", "--profile", "prepare", "config", "--format", "json", stdin=text))
-    vllm = config["services"]["vllm"]
-    assert vllm["deploy"]["resources"]["reservations"]["devices"] == [{"driver": "cdi", "device_ids": ["nvidia.com/gpu=all"], "capabilities": ["gpu"]}]
-    assert vllm["image"].startswith("docker.io/vllm/vllm-openai:v")
-    assert vllm["command"][0] == "/models/Qwen--Qwen2.5-7B-Instruct--main"
-    assert vllm["command"][vllm["command"].index("--tensor-parallel-size") + 1] == "2"
-    assert "--enforce-eager" not in vllm["command"]
     assert config["services"]["fetch"]["entrypoint"][-2:] == ["--hub", "Qwen/Qwen2.5-7B-Instruct"]
-    assert list(vllm["networks"]) == ["model"]
+
+
+def test_a_plan_makes_one_client_faster_where_that_is_wanted(tmp_path: Path, on_host: Callable[..., str]) -> None:
+    values = {"vllm_device": "cuda", "vllm_model": "Qwen/Qwen2.5-7B-Instruct", "agent_stack_image_source": "registry"}
+    plan = {"environment": {"VLLM_DISABLED_KERNELS": "MacheteLinearKernel"}}
+    asked = server_of(render_vllm(tmp_path, "server.yml.j2", **values, __vllm_plan=plan, vllm_optimize_for="latency"), on_host)
+    assert asked["environment"]["VLLM_DISABLED_KERNELS"] == "MacheteLinearKernel"
+    assert "VLLM_DISABLED_KERNELS" not in server_of(render_vllm(tmp_path, "server.yml.j2", **values, __vllm_plan=plan), on_host)["environment"]
 
 
 def test_cpu_reserves_none(tmp_path: Path, on_host: Callable[..., str]) -> None:
-    text = render_vllm(tmp_path, vllm_device="cpu", vllm_model="/srv/model", agent_stack_image_source="build")
-    config = json.loads(on_host("docker", "compose", "--file", "-", "config", "--format", "json", stdin=text))
-    assert "deploy" not in config["services"]["vllm"]
+    server = server_of(render_vllm(tmp_path, "server.yml.j2", vllm_device="cpu", vllm_model="/srv/model", agent_stack_image_source="build"), on_host)
+    assert "deploy" not in server
+    assert "--enable-sleep-mode" not in server["command"]
 
 
 def test_images_from_archives(play: Callable[..., Play], on_host: Callable[..., str], tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def test_killed_containers_come_back(on_host: Callable[..., str], containers: Co
         durations[name] = round(time.monotonic() - started, 1)
         assert durations[name] < SECONDS, durations
     print(f"back after: {durations}")
-    assert {"agent-stack-vllm-vllm-1", "agent-stack-postgres-postgres-1", "agent-stack-agent-agent-1"} <= set(durations)
+    assert {"agent-stack-vllm-blue-server-1", "agent-stack-postgres-postgres-1", "agent-stack-agent-agent-1"} <= set(durations)
 
 
 def test_restarted_host_brings_everything_back(on_host: Callable[..., str], containers: Containers, wait_until_ready: Callable[[float], float]) -> None:
@@ -50,7 +50,7 @@ def test_restarted_host_brings_everything_back(on_host: Callable[..., str], cont
     while set(containers()) != before and time.monotonic() < deadline:
         time.sleep(1)
     assert set(containers()) == before
-    for component in ("postgres", "redis", "vllm", "agent", "monitoring"):
+    for component in ("postgres", "redis", "vllm", "vllm-blue", "agent", "monitoring"):
         unit = f"agent-stack@{component}.service"
         while on_host("systemctl", "is-active", unit, check=False) == "activating" and time.monotonic() < deadline:
             time.sleep(1)

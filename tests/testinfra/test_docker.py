@@ -41,7 +41,7 @@ def test_nobody_is_in_the_docker_group(host: Host) -> None:
 
 def test_stack_starts_on_boot(host: Host) -> None:
     assert host.service("agent-stack.target").is_enabled
-    for component in ("postgres", "redis", "vllm", "agent", "monitoring"):
+    for component in ("postgres", "redis", "vllm", "vllm-blue", "agent", "monitoring"):
         unit = host.service(f"agent-stack@{component}.service")
         assert (unit.is_enabled, unit.is_running) == (True, True), host.run(f"systemctl status --no-pager {unit.name}").stdout
 

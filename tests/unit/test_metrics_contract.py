@@ -13,6 +13,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent.parent
 RULES = ROOT / "roles" / "monitoring" / "templates" / "rules.yml.j2"
 DASHBOARD = ROOT / "roles" / "monitoring" / "files" / "dashboards" / "agent-stack.json"
+WATCHDOG = Path(__file__).resolve().parents[2] / "roles" / "vllm" / "files" / "watchdog.py"
 VLLM_METRICS = Path(__file__).parent / "data" / "vllm_metrics.txt"
 AGENT_METRICS = ROOT / "files" / "agent" / "src" / "agent" / "metrics.py"
 
@@ -50,9 +51,15 @@ def test_vllm_metrics_exist(source: Callable[[], list[str]]) -> None:
 
 @pytest.mark.parametrize("source", [rule_expressions, dashboard_expressions])
 def test_agent_metrics_exist(source: Callable[[], list[str]]) -> None:
-    used = metrics_in(source(), "agent_")
+    used = {name for name in metrics_in(source(), "agent_") if not name.startswith("agent_stack_")}
     assert used
     assert used <= agent_metrics()
+
+
+def test_the_watchdogs_metrics_exist() -> None:
+    used = metrics_in(rule_expressions(), "agent_stack_")
+    assert used
+    assert used <= set(re.findall(r"# TYPE (agent_stack_\w+) ", WATCHDOG.read_text()))
 
 
 def test_the_guides_panels_are_there() -> None:

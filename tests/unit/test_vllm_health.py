@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import threading
 import urllib.request
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.selfhosted.agent_stack.plugins.module_utils import _vllm_api
+from ansible_collections.selfhosted.agent_stack.plugins.module_utils import _vllm_api, _vllm_judge
 from ansible_collections.selfhosted.agent_stack.plugins.modules import vllm_health
 
 SERVER = Path(__file__).parents[1] / "model_server" / "server.py"
@@ -58,6 +59,7 @@ def judge(url: str, **params: Any) -> dict[str, Any]:
         "generate": True,
         "tool_call": False,
         "tool_prompt": CALL,
+        "golden_prompts": [],
         "tool_max_tokens": 64,
         "metrics_url": "",
         "progress_seconds": 0.5,
@@ -118,7 +120,7 @@ def test_a_generation_that_fails(server: str, fault: str, said: str) -> None:
 def test_an_answer_that_trickles(server: str) -> None:
     body = _vllm_api._request("agent-model", "[[pace 0.1]] a b c d e f g h", 50, stream=True)
     with pytest.raises(_vllm_api.ApiError, match=r"did not finish its answer within 0\.3 seconds"):
-        list(vllm_health.lines_of(f"{server}/v1/chat/completions", 0.3, body))
+        list(_vllm_judge.lines_of(f"{server}/v1/chat/completions", 0.3, body))
 
 
 def test_a_model_that_calls_no_tool(server: str) -> None:
@@ -170,3 +172,27 @@ def test_an_idle_engine_need_not_move(server: str) -> None:
 def test_metrics_that_are_not_vllms(server: str) -> None:
     assert "does not have vllm:iteration_tokens_total_count" in judge(server, metrics_url=f"{server}/version")["reason"]
     assert "/nothing answered 404" in judge(server, metrics_url=f"{server}/nothing")["reason"]
+
+
+GOLDEN = {"prompt": "What is it?", "expect": "i see \\d+ user", "max_tokens": 64, "seconds": 0}
+
+
+def test_golden_prompts(server: str) -> None:
+    found = judge(server, golden_prompts=[GOLDEN, GOLDEN])
+    assert found["healthy"], found
+    assert {"golden_prompt_1", "golden_prompt_2"} <= set(found["checks"])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "reason"),
+    [
+        ({"expect": "forty-two"}, "in which 'forty-two' is not found"),
+        ({"prompt": "[[fault garbage]]"}, "did not answer with a completion"),
+        ({"prompt": "[[delay 0.3]]", "seconds": 0.1}, "took 0.[3-9] seconds; allowed are 0.1"),
+    ],
+)
+def test_a_golden_prompt_that_fails(server: str, prompt: dict[str, Any], reason: str) -> None:
+    found = judge(server, golden_prompts=[GOLDEN | prompt, GOLDEN])
+    assert not found["healthy"]
+    assert re.search(reason, found["reason"]), found["reason"]
+    assert len(found["reasons"]) == 1

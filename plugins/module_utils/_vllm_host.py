@@ -1,0 +1,394 @@
+# Copyright: the selfhosted.agent_stack maintainers
+# Apache-2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+"""What a swap does to a host: Docker, systemd, HAProxy's runtime API and vLLM's HTTP API. PRIVATE to the collection: it may change at any time."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import fcntl
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any, TextIO
+from urllib.error import URLError
+from urllib.request import Request, urlopen
+
+from ansible_collections.selfhosted.agent_stack.plugins.module_utils import _vllm_api
+from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_judge import Judge
+from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_swap import HOLD, SLOTS, State, SwapError, Traffic
+
+NETWORK = "agent-stack-model"
+PORT = 8000
+# A server of HAProxy's takes no new requests with any of these set: maintenance by command, inherited, for want of an address, or by host name.
+OUT_OF_SERVICE = 0x01 | 0x02 | 0x20 | 0x40
+SERVER_LINE = re.compile(r"^(\s*server (\w+) .*?)( disabled)?$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where things are on the host. `root` holds a directory for each Compose project, `data` what is kept between runs."""
+
+    root: Path
+    data: Path
+
+    @property
+    def servers(self) -> Path:
+        """The part of the gateway's configuration that names its servers."""
+        return self.root / "vllm" / "servers" / "servers.cfg"
+
+    @property
+    def socket(self) -> Path:
+        return self.root / "vllm" / "run" / "haproxy.sock"
+
+    @property
+    def state(self) -> Path:
+        return self.data / "vllm" / "swap.json"
+
+    @property
+    def lock(self) -> Path:
+        return self.data / "vllm" / "swap.lock"
+
+    @property
+    def progress(self) -> Path:
+        return self.data / "vllm" / "progress.json"
+
+    def project(self, slot: str) -> Path:
+        return self.root / f"vllm-{slot}"
+
+
+def write(path: Path, text: str) -> None:
+    """Replace a file such that after a power cut it is the old one or the new one."""
+    new = path.with_name(f".{path.name}.new")
+    with open(new, "w", opener=lambda name, flags: os.open(name, flags, 0o640)) as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    new.replace(path)
+
+
+def read_state(paths: Paths) -> State:
+    """Return what the last run wrote down. Raises SwapError for a file that cannot be read."""
+    try:
+        return State.from_json(paths.state.read_text())
+    except FileNotFoundError:
+        return State()
+    except SwapError as error:
+        raise SwapError(f"{paths.state}: {error}") from error
+
+
+@contextlib.contextmanager
+def locked(paths: Paths, what: str, patience: float = 30) -> Iterator[None]:
+    """Be the only run. Raises SwapError if another one is under way, with what it does and since when.
+
+    The watchdog holds the same lock for a moment at each look, without a word; that is waited for.
+    """
+    paths.lock.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with open(paths.lock, "a+") as stream:
+        deadline = time.monotonic() + patience
+        while not _lock(stream):
+            stream.seek(0)
+            owner = stream.read().strip()
+            if owner or time.monotonic() > deadline:
+                raise SwapError(f"another run is under way on this host, and this one did nothing: {owner or 'the watchdog, which restarts the server'}")
+            time.sleep(0.1)
+        stream.truncate(0)
+        stream.write(f"{what}, process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S %Z')}\n")
+        stream.flush()
+        try:
+            yield
+        finally:
+            stream.truncate(0)
+
+
+def _lock(stream: TextIO) -> bool:
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+class Gateway:
+    """HAProxy's runtime API, and the file that a restarted HAProxy begins with."""
+
+    def __init__(self, paths: Paths) -> None:
+        self.paths = paths
+
+    def ask(self, command: str, patience: float = 20) -> str:
+        """Return the answer to a command. Raises SwapError if the gateway does not answer in time; it may be just being restarted."""
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                with socket.socket(socket.AF_UNIX) as connection:
+                    connection.settimeout(10)
+                    connection.connect(str(self.paths.socket))
+                    connection.sendall(command.encode() + b"\n")
+                    answer = b"".join(iter(lambda: connection.recv(65536), b""))
+                    return answer.decode()
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise SwapError(f"the gateway cannot be asked through {self.paths.socket}: {error}") from error
+                time.sleep(0.3)
+
+    def servers(self, patience: float = 20) -> dict[tuple[str, str], tuple[str, bool]]:
+        """Return address and whether it takes requests, for each backend and server."""
+        lines = self.ask("show servers state", patience).splitlines()
+        rows = [line.split() for line in lines if line and line[0].isdigit() and len(line.split()) > 7]
+        return {(row[1], row[3]): (row[4], not int(row[6]) & OUT_OF_SERVICE) for row in rows}
+
+    def statistics(self, patience: float = 20) -> dict[str, dict[str, str]]:
+        """Return the numbers of the backend `model` and of each of its servers, by name."""
+        text = self.ask("show stat model 6 -1", patience).lstrip("# ")
+        return {row["svname"]: row for row in csv.DictReader(text.splitlines())}
+
+    def route(self, to: str) -> bool:
+        """Send new requests to one server alone. The new one first, so that there is always one."""
+        now = self.servers()
+        wanted = {key: key[1] == to for key in now if key[0] in ("model", "model_metrics") and key[1] in (*SLOTS, HOLD)}
+        changes = [key for key in sorted(wanted, key=lambda key: not wanted[key]) if now[key][1] != wanted[key]]
+        for backend, name in changes:
+            answer = self.ask(f"set server {backend}/{name} state {'ready' if wanted[backend, name] else 'maint'}").strip()
+            if answer:
+                raise SwapError(f"the gateway refused to change {backend}/{name}: {answer}")
+        return bool(changes)
+
+    def keep(self, to: str) -> bool:
+        """Have the file name the same. What is in service there has no `disabled` at the end of its line."""
+        before = self.paths.servers.read_text()
+        after = SERVER_LINE.sub(lambda match: match[1] + (" disabled" if match[2] in (*SLOTS, HOLD) and match[2] != to else ""), before)
+        if after == before:
+            return False
+        write(self.paths.servers, after)
+        os.chmod(self.paths.servers, 0o644)
+        return True
+
+
+class DockerHost:
+    """`_vllm_swap.Host` on a real host."""
+
+    def __init__(self, paths: Paths, served_name: str, judging: dict[str, Any], docker: str = "docker") -> None:
+        self.paths = paths
+        self.served_name = served_name
+        self.judging = judging
+        self.docker = docker
+        self.gateway = Gateway(paths)
+
+    # ------------------------------------------------------------------------------------------------------------------- programs
+
+    def run(self, *command: str, timeout: float = 120, check: bool = True) -> subprocess.CompletedProcess[str]:
+        try:
+            result = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, stdin=subprocess.DEVNULL)
+        except subprocess.TimeoutExpired:
+            raise SwapError(f"`{' '.join(command[:5])}` took more than {timeout:g} seconds") from None
+        except OSError as error:
+            raise SwapError(f"`{command[0]}` cannot be run: {error.strerror}") from error
+        if check and result.returncode != 0:
+            raise SwapError(f"`{' '.join(command[:8])}` ended with {result.returncode}: {(result.stderr or result.stdout).strip()[-2000:]}")
+        return result
+
+    def compose(self, slot: str, *arguments: str, timeout: float = 300) -> None:
+        self.run(self.docker, "compose", "--file", str(self.paths.project(slot) / "compose.yml"), *arguments, timeout=timeout)
+
+    def inspect(self, slot: str) -> dict[str, Any]:
+        """Return what Docker knows of the slot's container, or nothing."""
+        if shutil.which(self.docker) is None:
+            return {}
+        result = self.run(self.docker, "container", "inspect", container(slot), check=False)
+        return dict(json.loads(result.stdout)[0]) if result.returncode == 0 else {}
+
+    def url(self, slot: str) -> str:
+        address = self.inspect(slot).get("NetworkSettings", {}).get("Networks", {}).get(NETWORK, {}).get("IPAddress")
+        if not address:
+            raise URLError(f"{container(slot)} has no address")
+        return f"http://{address}:{PORT}"
+
+    def http(self, slot: str, path: str, *, post: bool = False, timeout: float = 5) -> bytes:
+        """Raises OSError for anything but a 2xx answer."""
+        request = Request(f"{self.url(slot)}{path}", data=b"" if post else None)
+        try:
+            with urlopen(request, timeout=timeout) as response:
+                return bytes(response.read())
+        except HTTPException as error:
+            raise URLError(f"{path} was answered with something else than HTTP: {error!r}") from error
+
+    # ----------------------------------------------------------------------------------------------------------------------- Host
+
+    def now(self) -> float:
+        return time.time()
+
+    def pause(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def save(self, state: State) -> None:
+        write(self.paths.state, state.to_json())
+
+    def status(self, slot: str) -> str:
+        state = self.inspect(slot).get("State")
+        if state is None:
+            return "absent"
+        return "running" if state["Running"] else "stopped"
+
+    def create(self, slot: str, definition: dict[str, Any]) -> None:
+        project = {
+            "name": f"agent-stack-vllm-{slot}",
+            "services": {"server": definition | {"networks": {"model": {"aliases": [f"{slot}.model.internal"]}}}},
+            "networks": {"model": {"name": NETWORK, "external": True}},
+        }
+        directory = self.paths.project(slot)
+        directory.mkdir(mode=0o755, exist_ok=True)
+        # JSON is YAML, and needs no library on the host. Compose would take a dollar sign for a variable.
+        text = json.dumps(project, indent=2).replace("$", "$$")
+        write(directory / "compose.yml", f"# Written by the swap of models. What serves is changed with `--tags vllm`.\n{text}\n")
+        self.compose(slot, "create", "--no-build", "--pull", "never")
+        self.run(self.docker, "update", "--restart=no", container(slot))
+
+    def start(self, slot: str) -> None:
+        self.compose(slot, "start")
+
+    def stop(self, slot: str, *, at_once: bool) -> None:
+        if self.status(slot) != "running":
+            return
+        self.run(self.docker, "update", "--restart=no", container(slot))
+        if at_once:
+            self.run(self.docker, "kill", container(slot), check=False)
+        else:
+            self.compose(slot, "stop")
+        deadline = self.now() + 30
+        while self.status(slot) == "running":
+            if self.now() > deadline:
+                raise SwapError(f"{container(slot)} does not stop")
+            self.pause(0.1)
+
+    def remove(self, slot: str) -> None:
+        if (self.paths.project(slot) / "compose.yml").exists():
+            self.stop(slot, at_once=True)
+            self.compose(slot, "down")
+        elif self.status(slot) != "absent":
+            self.run(self.docker, "container", "rm", "--force", container(slot))
+        shutil.rmtree(self.paths.project(slot), ignore_errors=True)
+        self.run("systemctl", "stop", unit(slot), check=False)
+
+    def log(self, slot: str) -> str:
+        result = self.run(self.docker, "logs", "--tail", "40", container(slot), check=False)
+        return "\n".join((result.stdout + result.stderr).strip().splitlines()[-40:])
+
+    def ready(self, slot: str) -> bool:
+        try:
+            self.http(slot, "/health")
+        except OSError:
+            return False
+        return True
+
+    def asleep(self, slot: str) -> bool:
+        """A server without sleep mode does not know the question."""
+        try:
+            return bool(json.loads(self.http(slot, "/is_sleeping"))["is_sleeping"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def sleep(self, slot: str) -> None:
+        self._order(slot, "/sleep?level=1", "fall asleep")
+
+    def wake(self, slot: str) -> None:
+        self._order(slot, "/wake_up", "wake up")
+
+    def _order(self, slot: str, path: str, what: str) -> None:
+        try:
+            self.http(slot, path, post=True, timeout=300)
+        except OSError as error:
+            raise SwapError(f"{container(slot)} does not {what}: {error}.\nIts last log lines:\n{self.log(slot)}") from error
+
+    def busy(self, slot: str) -> int:
+        """Both are asked: the gateway knows streams that the engine has ended, the engine those that the gateway lost with a restart."""
+        at_gateway = int(self.gateway.statistics().get(slot, {}).get("scur") or 0)
+        try:
+            in_engine = _vllm_api.progress(self.http(slot, "/metrics")).running
+        except (OSError, _vllm_api.ApiError):
+            in_engine = 0
+        return max(at_gateway, int(in_engine))
+
+    def judge(self, slot: str, *, briefly: bool) -> list[str]:
+        url = self.url(slot)
+        params = {
+            "url": url,
+            "model": self.served_name,
+            "max_tokens": 4,
+            "generate": True,
+            "tool_prompt": "",
+            "tool_max_tokens": 1024,
+            "progress_seconds": 5,
+            "metrics_url": f"{url}/metrics",
+            **self.judging,
+        }
+        if briefly:
+            params |= {"tool_call": False, "golden_prompts": []}
+        return list(Judge(params).judge()["reasons"])
+
+    def route(self, to: str) -> bool:
+        if to != HOLD:
+            self._wait_for_address(to)
+        return self.gateway.route(to)
+
+    def _wait_for_address(self, slot: str) -> None:
+        """HAProxy asks for names once a second. Until it knows the new address it would send requests to the old one."""
+        deadline = self.now() + 30
+        while True:
+            address = self.inspect(slot).get("NetworkSettings", {}).get("Networks", {}).get(NETWORK, {}).get("IPAddress")
+            known = self.gateway.servers().get(("model", slot), ("", False))[0]
+            if address and address == known:
+                return
+            if self.now() > deadline:
+                raise SwapError(f"the gateway takes {slot}.model.internal for {known}, and its address is {address}")
+            self.pause(0.2)
+
+    def keep_route(self, slot: str) -> bool:
+        return self.gateway.keep(slot)
+
+    def promote(self, slot: str) -> bool:
+        changed = self._restart_policy(slot, "unless-stopped")
+        if self.run("systemctl", "is-enabled", unit(slot), check=False).returncode != 0:
+            self.run("systemctl", "enable", unit(slot))
+            changed = True
+        if self.run("systemctl", "is-active", unit(slot), check=False).stdout.strip() not in ("active", "activating"):
+            # It only finds what runs already. Nobody waits for it to see that.
+            self.run("systemctl", "start", "--no-block", unit(slot))
+            changed = True
+        return changed
+
+    def demote(self, slot: str) -> bool:
+        if self.run("systemctl", "is-enabled", unit(slot), check=False).returncode == 0:
+            self.run("systemctl", "disable", unit(slot))
+        return self.status(slot) != "absent" and self._restart_policy(slot, "no")
+
+    def _restart_policy(self, slot: str, policy: str) -> bool:
+        if self.inspect(slot).get("HostConfig", {}).get("RestartPolicy", {}).get("Name") == policy:
+            return False
+        self.run(self.docker, "update", f"--restart={policy}", container(slot))
+        return True
+
+    def traffic(self) -> Traffic:
+        """A gateway that does not answer holds nothing."""
+        try:
+            rows = self.gateway.statistics(patience=0)
+        except SwapError:
+            return Traffic(0, 0)
+        whole = rows.get("BACKEND", {})
+        served = sum(int(rows.get(slot, {}).get("scur") or 0) for slot in SLOTS)
+        return Traffic(max(0, int(whole.get("scur") or 0) - served), int(whole.get("hrsp_5xx") or 0))
+
+
+def container(slot: str) -> str:
+    return f"agent-stack-vllm-{slot}-server-1"
+
+
+def unit(slot: str) -> str:
+    return f"agent-stack@vllm-{slot}.service"

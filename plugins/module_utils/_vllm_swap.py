@@ -1,0 +1,457 @@
+# Copyright: the selfhosted.agent_stack maintainers
+# Apache-2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+"""Changing the model that serves, step by step, with no request lost. PRIVATE to the collection: it may change at any time.
+
+Two slots, blue and green, each a server of its own. One serves; the other is where the next model starts, and where the last one waits for a rollback.
+Everything that touches the host goes through `Host`, so that the order of steps, which is all that is here, can be tested by killing it at each of them.
+
+Before the flip is written down, a swap that ends early is undone: whoever comes next restores the slot that serves. After it, a swap is finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+SLOTS = ("blue", "green")
+STRATEGIES = ("side_by_side", "sleep", "hold_and_recreate")
+HOLD = "hold"
+
+
+class SwapError(Exception):
+    """Why a swap did not happen; the message is for the user."""
+
+
+@dataclass
+class Slot:
+    """What is in a slot. `condition` is serving, starting, running, asleep or stopped; `proven` what has served before."""
+
+    model: str
+    digest: str
+    weights_mib: int = 0
+    utilization: float = 0.0
+    sleep_mode: bool = False
+    condition: str = "starting"
+    slept_before: bool = False
+    proven: bool = False
+    since: float = 0.0
+
+
+@dataclass
+class State:
+    """What is kept between runs. `active` serves, `target` is what a swap under way leads to, `strategy` how the two slots share the GPU."""
+
+    active: str = ""
+    target: str = ""
+    strategy: str = ""
+    slots: dict[str, Slot] = field(default_factory=dict)
+
+    @property
+    def standby(self) -> str:
+        """The slot that does not serve, if something is in it."""
+        return next((name for name in self.slots if name != self.active), "")
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> State:
+        """Raises SwapError for a file that no run of this can have written."""
+        try:
+            data = json.loads(text)
+            slots = {name: Slot(**slot) for name, slot in data.pop("slots").items()}
+            state = cls(slots=slots, **data)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise SwapError(f"the record of the slots cannot be read: {error}") from error
+        if any(name not in SLOTS for name in [*slots, *filter(None, (state.active, state.target))]):
+            raise SwapError("the record of the slots names others than blue and green")
+        return state
+
+
+@dataclass(frozen=True)
+class Wish:
+    """The model that shall serve. `definition` is its Compose service; `sleep_mode` whether the servers can be put to sleep."""
+
+    model: str
+    definition: dict[str, Any]
+    strategy: str = "side_by_side"
+    weights_mib: int = 0
+    utilization: float = 0.0
+    beside_utilization: float = 0.0
+    sleep_mode: bool = False
+
+    @property
+    def digest(self) -> str:
+        """Tells two wishes apart. Where the new model is started does not count."""
+        return hashlib.sha256(json.dumps(self.definition, sort_keys=True).encode()).hexdigest()[:16]
+
+    def definition_for(self, strategy: str) -> dict[str, Any]:
+        """Return the service as it is started: beside another model it gets only the share of the memory that is left."""
+        if strategy != "side_by_side" or not self.beside_utilization:
+            return self.definition
+        command = list(self.definition["command"])
+        if "--gpu-memory-utilization" in command:
+            command[command.index("--gpu-memory-utilization") + 1] = f"{self.beside_utilization:g}"
+        return self.definition | {"command": command}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds."""
+
+    start: float = 900
+    drain: float = 120
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Requests that wait at the gateway now, and those that failed there since it started."""
+
+    held: int
+    failed: int
+
+
+class Host(Protocol):
+    """What a swap does to the host. Each call may be the last one before the power goes, and may be repeated."""
+
+    def now(self) -> float: ...
+    def pause(self, seconds: float) -> None: ...
+    def save(self, state: State) -> None: ...
+
+    def status(self, slot: str) -> str:
+        """Return absent, stopped or running."""
+
+    def create(self, slot: str, definition: dict[str, Any]) -> None:
+        """Write the slot's Compose project and create its container, such that a crash ends it."""
+
+    def start(self, slot: str) -> None: ...
+    def stop(self, slot: str, *, at_once: bool) -> None: ...
+    def remove(self, slot: str) -> None: ...
+    def log(self, slot: str) -> str: ...
+
+    def ready(self, slot: str) -> bool:
+        """Whether the server answers its health check."""
+
+    def asleep(self, slot: str) -> bool: ...
+    def sleep(self, slot: str) -> None: ...
+    def wake(self, slot: str) -> None: ...
+
+    def busy(self, slot: str) -> int:
+        """Return how many requests the slot still has."""
+
+    def judge(self, slot: str, *, briefly: bool) -> list[str]:
+        """Return the reasons why users should not meet the slot."""
+
+    def route(self, to: str) -> bool:
+        """Send new requests to a slot, or hold them. Return whether that is a change."""
+
+    def keep_route(self, slot: str) -> bool:
+        """Have a restarted gateway send requests to this slot."""
+
+    def promote(self, slot: str) -> bool:
+        """Have the slot restarted when it crashes and started on boot."""
+
+    def demote(self, slot: str) -> bool: ...
+    def traffic(self) -> Traffic: ...
+
+
+Report = Callable[[str, Traffic], None]
+
+
+class Swap:
+    """One run. `changed` says whether anything was done."""
+
+    def __init__(self, host: Host, state: State, limits: Limits, report: Report) -> None:
+        self.host = host
+        self.state = state
+        self.limits = limits
+        self.report = report
+        self.changed = False
+        self.held_seconds = 0.0
+        self.held = 0
+        self._held_since: float | None = None
+
+    # ------------------------------------------------------------------------------------------------------------ what users ask for
+
+    def present(self, wish: Wish) -> None:
+        """Have the wished model serve. Raises SwapError; what served before then serves on."""
+        self.recover()
+        state = self.state
+        if not state.active:
+            return self._first(wish)
+        if state.slots[state.active].digest == wish.digest:
+            return self._keep(wish)
+        target = _other(state.active)
+        standby = state.slots.get(target)
+        if standby and standby.digest == wish.digest and self.host.status(target) == "running":
+            return self._change(target, state.strategy, None)
+        if standby:
+            self._tell("remove")
+            self._drop(target)
+        return self._change(target, wish.strategy, wish)
+
+    def rollback(self) -> None:
+        """Have the model serve that served before. Raises SwapError."""
+        self.recover()
+        standby = self.state.standby
+        if not standby:
+            raise SwapError("there is nothing to roll back to: only one model is there")
+        self._change(standby, self.state.strategy, None, back=True)
+
+    def prune(self) -> None:
+        """Remove the model that waits for a rollback."""
+        self.recover()
+        if self.state.standby:
+            self._tell("remove")
+            self._drop(self.state.standby)
+
+    def recover(self) -> None:
+        """End what another run left half done: before its flip was written down it is undone, after it finished."""
+        state = self.state
+        if not state.target:
+            return
+        self._tell("recover")
+        if state.target == state.active:
+            self._finish()
+        else:
+            self._undo()
+
+    # ------------------------------------------------------------------------------------------------------------ the ways there
+
+    def _first(self, wish: Wish) -> None:
+        self._begin("blue", "", wish)
+        try:
+            self._bring_up("blue", wish.definition)
+        except SwapError:
+            self._undo()
+            raise
+        self._flip("blue")
+
+    def _keep(self, wish: Wish) -> None:
+        active = self.state.active
+        if self.host.status(active) == "absent":
+            self.host.create(active, wish.definition)
+        if not self._fit(active):
+            self._tell("start")
+            self._restore(active)
+        # Each says whether there was something to do: on a host where all is well there is not.
+        done = [self.host.keep_route(active), self.host.route(active), self.host.promote(active)]
+        self.changed = self.changed or any(done)
+
+    def _change(self, target: str, strategy: str, wish: Wish | None, *, back: bool = False) -> None:
+        active = self.state.active
+        if not self._fit(active):
+            # Nothing answers, so there is nothing to drain, and no memory to share.
+            strategy = "hold_and_recreate"
+        self._begin(target, strategy, wish)
+        try:
+            if strategy != "side_by_side":
+                self._hold()
+                self._drain(active)
+                self._quiet(active, strategy, at_once=back)
+            self._bring_up(target, wish.definition_for(strategy) if wish else None, briefly=back)
+        except SwapError as error:
+            try:
+                self._undo()
+            except SwapError as second:
+                raise SwapError(f"{error}\nWhat served before does not come back either: {second}") from error
+            raise
+        self._flip(target)
+
+    def _begin(self, target: str, strategy: str, wish: Wish | None) -> None:
+        self.changed = True
+        state = self.state
+        state.target, state.strategy = target, strategy
+        if wish:
+            share = wish.beside_utilization if strategy == "side_by_side" else wish.utilization
+            state.slots[target] = Slot(wish.model, wish.digest, wish.weights_mib, share or wish.utilization, wish.sleep_mode, since=self.host.now())
+        self.host.save(state)
+
+    def _bring_up(self, slot: str, definition: dict[str, Any] | None, *, briefly: bool = False) -> None:
+        """Start or wake a slot and judge it. Raises SwapError with the server's last words."""
+        host = self.host
+        if definition is not None:
+            self._tell("start")
+            host.create(slot, definition)
+            host.start(slot)
+        elif host.status(slot) != "running":
+            self._tell("start")
+            host.start(slot)
+        self._wait_until_ready(slot)
+        if host.asleep(slot):
+            self._tell("wake")
+            host.wake(slot)
+        self._tell("judge")
+        reasons = host.judge(slot, briefly=briefly)
+        if reasons:
+            raise SwapError(f"{self._name(slot)} was judged unfit: {'; '.join(reasons)}.\nIts last log lines:\n{host.log(slot)}")
+
+    def _wait_until_ready(self, slot: str) -> None:
+        deadline = self.host.now() + self.limits.start
+        while not self.host.ready(slot):
+            if self.host.status(slot) != "running":
+                raise SwapError(f"{self._name(slot)} ended while it was starting.\nIts last log lines:\n{self.host.log(slot)}")
+            if self.host.now() > deadline:
+                raise SwapError(f"{self._name(slot)} was not ready after {self.limits.start:g} seconds.\nIts last log lines:\n{self.host.log(slot)}")
+            self._tell("load")
+            self.host.pause(0.5)
+
+    def _flip(self, target: str) -> None:
+        """From here on the target is what serves, whatever happens."""
+        state = self.state
+        state.active = target
+        self.host.save(state)
+        self._finish()
+
+    def _finish(self) -> None:
+        """Have the target serve and the other slot wait. Every step may have been done before."""
+        state, host = self.state, self.host
+        target, other = state.active, state.standby
+        self.changed = True
+        if not self._fit(target):
+            # Only after an interruption: the host was restarted, or someone stopped it.
+            if other and state.strategy != "side_by_side" and self._fit(other):
+                self._hold()
+                self._drain(other)
+                self._quiet(other, state.strategy, at_once=True)
+            self._restore(target)
+        self._tell("flip")
+        host.keep_route(target)
+        host.route(target)
+        self._released()
+        host.promote(target)
+        state.slots[target].condition = "serving"
+        state.slots[target].proven = True
+        if other:
+            self._settle(other)
+        state.target = ""
+        host.save(state)
+
+    def _settle(self, slot: str) -> None:
+        """Let the slot that served end its requests, then wait for a rollback."""
+        host, entry = self.host, self.state.slots[slot]
+        host.demote(slot)
+        entry.since = host.now()
+        if host.status(slot) != "running":
+            entry.condition = "stopped"
+            return
+        try:
+            self._drain(slot)
+        except SwapError:
+            # Its requests may take as long as they like: nobody waits for them.
+            entry.condition = "running"
+            return
+        if self._can_sleep(slot) and not host.asleep(slot):
+            self._tell("sleep")
+            host.sleep(slot)
+            entry.slept_before = True
+        entry.condition = "asleep" if host.asleep(slot) else "running"
+
+    def _undo(self) -> None:
+        """Have what served before serve on, and forget the target."""
+        state = self.state
+        target, active = state.target, state.active
+        self._tell("undo")
+        if active and self.host.status(active) == "absent":
+            # Someone removed it, so there is nothing to go back to, and the gateway holds requests until a model is there.
+            state.slots.pop(active)
+            state.active = ""
+        elif active:
+            if not self.host.asleep(target):
+                self.host.stop(target, at_once=True)
+            self._restore(active)
+            self.host.route(active)
+            self._released()
+            self.host.promote(active)
+            state.slots[active].condition = "serving"
+        entry = state.slots.get(target)
+        if not state.active or not entry or not entry.proven:
+            return self._drop(target)
+        # It was on its way back, and may be asked to come back again.
+        self.host.demote(target)
+        entry.condition = "asleep" if self.host.asleep(target) else "stopped"
+        state.target = ""
+        return self.host.save(state)
+
+    def _drop(self, slot: str) -> None:
+        self.changed = True
+        self.host.demote(slot)
+        self.host.remove(slot)
+        self.state.slots.pop(slot, None)
+        if self.state.target == slot:
+            self.state.target = ""
+        self.host.save(self.state)
+
+    # ------------------------------------------------------------------------------------------------------------ single steps
+
+    def _fit(self, slot: str) -> bool:
+        return self.host.status(slot) == "running" and self.host.ready(slot) and not self.host.asleep(slot)
+
+    def _restore(self, slot: str) -> None:
+        """Have a slot answer that did before, from whatever state it is in."""
+        self.changed = True
+        host = self.host
+        if host.status(slot) == "absent":
+            raise SwapError(f"{self._name(slot)} is not there any more")
+        if host.status(slot) == "stopped":
+            host.start(slot)
+        self._wait_until_ready(slot)
+        if host.asleep(slot):
+            self._tell("wake")
+            host.wake(slot)
+
+    def _hold(self) -> None:
+        self._tell("hold")
+        if self._held_since is None:
+            self._held_since = self.host.now()
+        self.host.route(HOLD)
+
+    def _released(self) -> None:
+        if self._held_since is not None:
+            self.held = max(self.held, self.host.traffic().held)
+            self.held_seconds += self.host.now() - self._held_since
+            self._held_since = None
+
+    def _drain(self, slot: str) -> None:
+        """Wait for the slot's requests. Raises SwapError when they take too long: none is cut off."""
+        deadline = self.host.now() + self.limits.drain
+        while self.host.status(slot) == "running" and self.host.ready(slot) and (busy := self.host.busy(slot)):
+            if self.host.now() > deadline:
+                raise SwapError(f"{busy} requests of {self._name(slot)} were not finished after {self.limits.drain:g} seconds")
+            self._tell("drain")
+            self.host.pause(0.1)
+
+    def _quiet(self, slot: str, strategy: str, *, at_once: bool) -> None:
+        """Have a drained slot give its memory back. The first sleep takes long, so on the way back from a bad model it is stopped instead."""
+        entry = self.state.slots[slot]
+        if strategy == "sleep" and self._can_sleep(slot) and (entry.slept_before or not at_once):
+            self._tell("sleep")
+            if not self.host.asleep(slot):
+                self.host.sleep(slot)
+            entry.slept_before = True
+            entry.condition = "asleep"
+        else:
+            self._tell("stop")
+            self.host.stop(slot, at_once=at_once)
+            entry.condition = "stopped"
+        self.host.save(self.state)
+
+    def _can_sleep(self, slot: str) -> bool:
+        return self.state.strategy != "hold_and_recreate" and self.host.status(slot) == "running" and self.state.slots[slot].sleep_mode
+
+    def _name(self, slot: str) -> str:
+        entry = self.state.slots.get(slot)
+        return f"{entry.model} ({slot})" if entry else slot
+
+    def _tell(self, phase: str) -> None:
+        traffic = self.host.traffic()
+        if self._held_since is not None:
+            self.held = max(self.held, traffic.held)
+        self.report(phase, traffic)
+
+
+def _other(slot: str) -> str:
+    return SLOTS[1 - SLOTS.index(slot)]

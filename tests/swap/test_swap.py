@@ -1,0 +1,252 @@
+"""Swaps on a real host, with real Docker, systemd and HAProxy, and scripted models, while requests come in.
+
+They run in this order. Each begins with a model that serves, and ends with one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+
+import pytest
+import swap_host
+from swap_host import load, on_host, play, serving, state, swap
+
+RATE = 30
+ONE_GPU = ["sleep", "hold_and_recreate"]
+
+
+def check_serves(model: str) -> None:
+    """The gateway, systemd, Docker and the record say the same."""
+    assert serving() == model
+    record = state()
+    active = record["active"]
+    assert record["target"] == ""
+    assert record["slots"][active]["model"] == f"/srv/models/{model}"
+    for slot in ("blue", "green"):
+        unit = f"agent-stack@vllm-{slot}.service"
+        assert (on_host("systemctl", "is-enabled", unit, check=False) == "enabled") == (slot == active)
+        policy = on_host("docker", "inspect", "--format", "{{.HostConfig.RestartPolicy.Name}}", f"agent-stack-vllm-{slot}-server-1", check=False)
+        assert policy in (("unless-stopped",) if slot == active else ("no", ""))
+    kept = on_host("cat", "/opt/agent-stack/vllm/servers/servers.cfg")
+    assert re.findall(r"^ +server (\w+) .*(?<! disabled)$", kept, re.M) == [active, active]
+
+
+def settled(model: str) -> None:
+    """Have this model serve, whatever was before."""
+    done = swap(model)
+    assert done.returncode == 0, done.output
+    check_serves(model)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _as_converged() -> None:
+    """What an earlier run of these drills left."""
+    settled("first")
+    assert play(playbook="playbooks/prune.yml").returncode == 0
+
+
+def test_swap_by_tag_under_load() -> None:
+    with load(RATE) as traffic:
+        done = play("--tags", "vllm", *swap_host.wish("second"), playbook="molecule/swap/converge.yml")
+    assert done.returncode == 0, done.output
+    assert traffic.problems == []
+    assert traffic.models == {"first", "second"}
+    assert done.outcome == {"held_seconds": 0, "held": 0, "failed": 0}
+    for phase in ("load", "judge", "flip"):
+        assert re.search(rf"^ +{phase} +[\d.]+ s +requests held: \d+, failed: 0$", done.output, re.M), done.output
+    check_serves("second")
+
+
+def test_the_same_again_changes_nothing() -> None:
+    started = "{{.State.StartedAt}}"
+    before = on_host("docker", "inspect", "--format", started, "agent-stack-vllm-green-server-1", swap_host.GATEWAY)
+    done = play("--tags", "vllm", *swap_host.wish("second"), playbook="molecule/swap/converge.yml")
+    assert done.returncode == 0, done.output
+    assert done.changed == 0, done.output
+    assert on_host("docker", "inspect", "--format", started, "agent-stack-vllm-green-server-1", swap_host.GATEWAY) == before
+
+
+def test_check_mode_says_that_it_would_change() -> None:
+    done = swap("third", "side_by_side", "--check")
+    assert (done.returncode, done.changed) == (0, 1), done.output
+    check_serves("second")
+
+
+def test_rollback() -> None:
+    with load(RATE) as traffic:
+        done = play(playbook="playbooks/rollback.yml")
+    assert done.returncode == 0, done.output
+    assert traffic.problems == []
+    check_serves("first")
+
+
+@pytest.mark.parametrize("strategy", ONE_GPU)
+def test_one_gpu(strategy: str) -> None:
+    """The two never run at once: requests wait for as long as one sleeps or stops and the other loads."""
+    settled("first")
+    assert play(playbook="playbooks/prune.yml").returncode == 0
+    sleep, loading = 1, 4
+    with load(RATE) as traffic:
+        done = swap(f"{strategy}-slow-{loading}-nap-{sleep}", strategy)
+        assert done.returncode == 0, done.output
+        again = swap("first", strategy)
+        assert again.returncode == 0, again.output
+    assert traffic.problems == []
+    assert done.outcome["failed"] == 0
+    assert done.outcome["held"] > RATE
+    assert done.outcome["held_seconds"] < loading + 5
+    # Back to the first: the one that serves naps for a second, and the first one wakes at once, or starts again.
+    assert again.outcome["held_seconds"] < sleep + 5
+    check_serves("first")
+
+
+@pytest.mark.parametrize("strategy", ONE_GPU)
+def test_rollback_on_one_gpu(strategy: str) -> None:
+    settled("first")
+    assert swap(f"new-{strategy}-nap-30", strategy).returncode == 0
+    with load(RATE) as traffic:
+        done = play(playbook="playbooks/rollback.yml")
+    assert done.returncode == 0, done.output
+    assert traffic.problems == []
+    slowest = traffic.percentile(1)
+    assert slowest < 6, f"a request waited for {slowest} s"
+    check_serves("first")
+
+
+@pytest.mark.parametrize(
+    ("model", "strategy", "reason"),
+    [
+        ("a-dull", "side_by_side", "was judged unfit: .*did not answer with a completion"),
+        ("a-blunt", "side_by_side", "was judged unfit: the model called no tool"),
+        ("a-dying", "side_by_side", "ended while it was starting.*CUDA out of memory, says the script"),
+        ("a-slow-90", "side_by_side", "was not ready after 30 seconds"),
+        ("a-dying", "sleep", "ended while it was starting"),
+        ("a-dull", "hold_and_recreate", "was judged unfit"),
+    ],
+)
+def test_a_bad_model_never_serves(model: str, strategy: str, reason: str) -> None:
+    settled("first")
+    with load(RATE) as traffic:
+        done = swap(model, strategy, "-e", "vllm_start_timeout_seconds=30")
+    assert done.returncode == 2
+    assert re.search(reason, " ".join(done.output.split())), done.output
+    assert traffic.problems == []
+    assert traffic.models == {"first"}
+    check_serves("first")
+
+
+def test_a_golden_prompt_decides() -> None:
+    done = swap("eloquent", "side_by_side", "-e", '{"vllm_golden_prompts": [{"prompt": "6 x 7?", "expect": "42"}]}')
+    assert done.returncode == 2
+    assert "the answer to '6 x 7?' was 'I see 1 user message." in " ".join(done.output.split())
+    check_serves("first")
+
+
+def test_two_at_once() -> None:
+    settled("first")
+    one = swap_host.start_play(*swap_host.wish("one-slow-8"))
+    wait_for_phase("load", one)
+    other = swap("another")
+    assert other.returncode == 2
+    assert re.search(r"another run is under way on this host, and this one did nothing: present /srv/models/one-slow-8, process \d+, since", other.output)
+    output, _ = one.communicate(timeout=120)
+    assert one.returncode == 0, output
+    check_serves("one-slow-8")
+
+
+def wait_for_phase(phase: str, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while swap_host.phase() != phase:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, f"never seen: {phase}"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("phase", ["sleep", "load", "judge"])
+@pytest.mark.parametrize("what", ["the play", "all of it"])
+def test_killed_and_repeated(phase: str, what: str) -> None:
+    """kill -9 of the play leaves a swap that ends by itself; of the process on the host, one that the next run undoes and makes again."""
+    settled("old-nap-2")
+    golden = '{"vllm_golden_prompts": [{"prompt": "[[delay 2]] hello", "expect": "I see"}]}'
+    model = f"{phase}-{what.replace(' ', '')}-slow-3"
+    wishes = [*swap_host.wish(model, "sleep"), "-e", golden]
+    with load(RATE) as traffic:
+        process = swap_host.start_play(*wishes)
+        wait_for_phase(phase, process)
+        worker = swap_host.process_of_the_run()
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if what == "all of it":
+            on_host("kill", "-9", str(worker))
+        else:
+            deadline = time.monotonic() + 60
+            while swap_host.phase():
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+            check_serves(model)
+        done = play(*wishes)
+        assert done.returncode == 0, done.output
+        assert done.changed == (1 if what == "all of it" else 0)
+    assert traffic.problems == []
+    assert traffic.models == {"old-nap-2", model}
+    check_serves(model)
+
+
+def test_the_gateway_restarts_and_goes_on() -> None:
+    settled("first")
+    on_host("docker", "restart", swap_host.GATEWAY)
+    check_serves("first")
+
+
+def test_prune() -> None:
+    settled("second")
+    assert len(state()["slots"]) == 2
+    done = play(playbook="playbooks/prune.yml")
+    assert done.returncode == 0, done.output
+    assert len(on_host("docker", "ps", "--all", "--quiet", "--filter", "name=agent-stack-vllm-.*-server").split()) == 1
+    assert play(playbook="playbooks/prune.yml").changed == 0
+    nothing = play(playbook="playbooks/rollback.yml")
+    assert nothing.returncode == 2
+    assert "there is nothing to roll back to: only one model is there" in nothing.output
+    check_serves("second")
+
+
+def test_the_watchdog_restarts_what_is_stuck_and_nothing_else() -> None:
+    """With the scenario's five seconds instead of minutes. The scripted engine counts its steps when an answer is complete."""
+    settled("first")
+    address = on_host("docker", "inspect", "--format", '{{(index .NetworkSettings.Networks "agent-stack-model").IPAddress}}', container())
+    started = on_host("docker", "inspect", "--format", "{{.State.StartedAt}}", container())
+    hang = f"""curl --silent --max-time 120 --json '{{"model": "agent-model", "messages": [{{"role": "user", "content": "[[fault hang]]"}}]}}' http://{address}:8000/v1/chat/completions"""
+    with load(RATE):
+        process = subprocess.Popen(["docker", "exec", swap_host.NAME, "sh", "-c", hang], stdout=subprocess.DEVNULL)
+        look_for(12)
+        assert on_host("docker", "inspect", "--format", "{{.State.StartedAt}}", container()) == started, "a busy engine was restarted"
+    assert restarts() == 0
+    look_for(12)
+    assert process.wait(timeout=30) != 0
+    assert on_host("docker", "inspect", "--format", "{{.State.StartedAt}}", container()) != started, "a stuck engine was not restarted"
+    assert restarts() == 1
+    check_serves("first")
+    look_for(7)
+    assert restarts() == 1
+
+
+def look_for(seconds: float) -> None:
+    """Have the watchdog look every other second."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        on_host("systemctl", "start", "agent-stack-vllm-watchdog.service")
+        time.sleep(2)
+
+
+def container() -> str:
+    return f"agent-stack-vllm-{state()['active']}-server-1"
+
+
+def restarts() -> int:
+    text = on_host("cat", "/var/lib/agent-stack/textfile/vllm_watchdog.prom")
+    return int(re.findall(r'restarts_total{reason="stalled"} (\d+)', text)[0])

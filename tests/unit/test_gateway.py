@@ -1,0 +1,270 @@
+"""The gateway's configuration in a real HAProxy: requests are held, sent elsewhere and answered, and not one is lost on the way."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pytest
+from ansible_collections.selfhosted.agent_stack.plugins.module_utils import _vllm_host
+from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_swap import SwapError
+
+ROOT = Path(__file__).resolve().parents[2]
+TEMPLATES = ROOT / "roles" / "vllm" / "templates"
+
+
+def load() -> Any:
+    specification = importlib.util.spec_from_file_location("model_server", ROOT / "tests" / "model_server" / "server.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.dont_write_bytecode", True)
+        specification.loader.exec_module(module)
+    return module
+
+
+model_server = load()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def render(name: str, **values: Any) -> str:
+    environment = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)  # noqa: S701  no HTML
+    environment.filters["comment"] = lambda text: f"# {text}"
+    return environment.from_string((TEMPLATES / name).read_text()).render(ansible_managed="managed", **values)
+
+
+class Stack:
+    """HAProxy with the role's configuration, on loopback, and two slots of which any may run or not."""
+
+    def __init__(self, directory: Path) -> None:
+        self.paths = _vllm_host.Paths(directory, directory / "data")
+        self.ports = {slot: free_port() for slot in ("blue", "green")}
+        self.port, metrics, own = free_port(), free_port(), free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        for path in (self.paths.servers, self.paths.socket):
+            path.parent.mkdir(parents=True)
+        config = render("haproxy.cfg.j2", vllm_served_name="agent-model", vllm_hold_seconds=20)
+        config = config.replace("gateway.inference.internal:8000", f"127.0.0.1:{self.port}").replace("/run/agent-stack/haproxy.sock", str(self.paths.socket))
+        config = config.replace("bind :8001", f"bind 127.0.0.1:{metrics}").replace("bind :8405", f"bind 127.0.0.1:{own}")
+        (directory / "haproxy.cfg").write_text(config)
+        servers = render("servers.cfg.j2", __vllm_active="")
+        # Names are Docker's affair; here the slots are ports.
+        servers = re.sub(
+            r"(blue|green)\.model\.internal:8000 resolvers docker resolve-prefer ipv4 init-addr \S+", lambda match: f"127.0.0.1:{self.ports[match[1]]}", servers
+        )
+        self.paths.servers.write_text(servers)
+        self.command = ["haproxy", "-db", "-f", str(directory / "haproxy.cfg"), "-f", str(self.paths.servers)]
+        self.process: subprocess.Popen[bytes] | None = None
+        self.models: dict[str, Any] = {}
+        self.gateway = _vllm_host.Gateway(self.paths)
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(self.command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.gateway.servers()
+
+    def stop(self) -> None:
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+
+    def model(self, slot: str) -> None:
+        server = model_server.ModelServer(("127.0.0.1", self.ports[slot]), ["agent-model"], model=slot)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        self.models[slot] = server
+
+    def close_model(self, slot: str) -> None:
+        server = self.models.pop(slot)
+        server.shutdown()
+        server.server_close()
+
+    def ask(self, text: str = "hello", **more: Any) -> str:
+        """Return the name of the model that answered. Raises URLError."""
+        body = {"model": "agent-model", "messages": [{"role": "user", "content": text}], **more}
+        request = urllib.request.Request(f"{self.url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=30) as response:
+            answer = response.read()
+        if more.get("stream"):
+            assert answer.endswith(b"data: [DONE]\n\n")
+            return str(json.loads(answer.splitlines()[0].removeprefix(b"data:"))["system_fingerprint"])
+        return str(json.loads(answer)["system_fingerprint"])
+
+
+@pytest.fixture
+def stack() -> Iterator[Stack]:
+    if shutil.which("haproxy", path=f"{os.environ['PATH']}:/usr/sbin") is None:
+        pytest.fail("haproxy is not installed; tests/packages.sh does that")
+    # The path of a socket has 108 characters at most.
+    with tempfile.TemporaryDirectory(prefix="gw") as directory, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{os.environ['PATH']}:/usr/sbin")
+        stack = Stack(Path(directory))
+        stack.start()
+        try:
+            yield stack
+        finally:
+            stack.stop()
+            for slot in list(stack.models):
+                stack.close_model(slot)
+
+
+def test_without_a_model_requests_wait_and_are_answered_by_the_first(stack: Stack) -> None:
+    with ThreadPoolExecutor(20) as pool:
+        answers = [pool.submit(stack.ask) for _ in range(20)]
+        time.sleep(2.2)
+        traffic = traffic_of(stack)
+        assert traffic.held == 20
+        stack.model("green")
+        time.sleep(1.2)
+        assert not any(answer.done() for answer in answers), "a model that does not serve yet met users"
+        assert stack.gateway.route("green")
+        assert [answer.result() for answer in answers] == ["green"] * 20
+    assert traffic_of(stack).failed == 0
+    assert not stack.gateway.route("green")
+
+
+def traffic_of(stack: Stack) -> Any:
+    host = _vllm_host.DockerHost(stack.paths, "agent-model", {})
+    return host.traffic()
+
+
+@pytest.mark.parametrize("hold", [False, True], ids=["side by side", "held"])
+def test_flips_under_load_lose_nothing(stack: Stack, hold: bool) -> None:
+    for slot in ("blue", "green"):
+        stack.model(slot)
+    stack.gateway.route("blue")
+    stop = threading.Event()
+    answers: list[str] = []
+    problems: list[str] = []
+
+    def client(stream: bool) -> None:
+        while not stop.is_set():
+            try:
+                answers.append(stack.ask("[[pace 0.02]] a b c d", stream=stream))
+            except (OSError, ValueError, AssertionError) as error:
+                problems.append(repr(error))
+
+    threads = [threading.Thread(target=client, args=(number % 2 == 0,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for target in ("green", "blue", "green", "blue"):
+        time.sleep(0.3)
+        if hold:
+            stack.gateway.route("hold")
+            time.sleep(1.5)
+        stack.gateway.route(target)
+        time.sleep(1.3 if hold else 0.3)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert problems == []
+    assert set(answers) == {"blue", "green"}
+    assert traffic_of(stack).failed == 0
+
+
+def test_running_requests_are_seen_and_finish_where_they_are(stack: Stack) -> None:
+    for slot in ("blue", "green"):
+        stack.model(slot)
+    stack.gateway.route("blue")
+    with ThreadPoolExecutor(4) as pool:
+        streams = [pool.submit(stack.ask, "[[pace 0.2]] a b c d", stream=True) for _ in range(4)]
+        time.sleep(0.3)
+        stack.gateway.route("green")
+        assert int(stack.gateway.statistics()["blue"]["scur"]) == 4
+        assert stack.ask() == "green"
+        assert [stream.result() for stream in streams] == ["blue"] * 4
+    assert int(stack.gateway.statistics()["blue"]["scur"]) == 0
+
+
+def test_a_restarted_gateway_goes_on_with_what_was_kept(stack: Stack) -> None:
+    for slot in ("blue", "green"):
+        stack.model(slot)
+    assert stack.gateway.keep("green")
+    assert not stack.gateway.keep("green")
+    stack.stop()
+    stack.start()
+    assert stack.ask() == "green"
+    assert not stack.gateway.route("green")
+    text = stack.paths.servers.read_text()
+    stack.gateway.keep("blue")
+    stack.gateway.keep("green")
+    assert stack.paths.servers.read_text() == text
+
+
+def test_what_is_kept_is_what_the_role_writes(stack: Stack) -> None:
+    for slot in ("blue", "green"):
+        stack.paths.servers.write_text(render("servers.cfg.j2", __vllm_active=""))
+        stack.gateway.keep(slot)
+        assert stack.paths.servers.read_text() == render("servers.cfg.j2", __vllm_active=slot)
+
+
+def test_a_server_that_is_down_makes_requests_wait(stack: Stack) -> None:
+    stack.gateway.route("blue")
+    with ThreadPoolExecutor(5) as pool:
+        answers = [pool.submit(stack.ask) for _ in range(5)]
+        time.sleep(1.5)
+        stack.model("blue")
+        assert [answer.result() for answer in answers] == ["blue"] * 5
+
+
+@pytest.mark.parametrize("path", ["/sleep?level=1", "/wake_up", "/v1/completions", "/invocations", "/tokenize", "/is_sleeping", "/metrics", "/docs"])
+def test_nothing_else_passes(stack: Stack, path: str) -> None:
+    stack.model("blue")
+    stack.gateway.route("blue")
+    for data in (None, b"{}"):
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(f"{stack.url}{path}", data, timeout=5)
+        assert caught.value.code == 404
+    assert stack.models["blue"].state()["requests"] == []
+
+
+def test_a_gateway_that_is_not_there(tmp_path: Path) -> None:
+    gateway = _vllm_host.Gateway(_vllm_host.Paths(tmp_path, tmp_path))
+    with pytest.raises(SwapError, match="cannot be asked through"):
+        gateway.servers(patience=0.5)
+
+
+def test_only_one_run_at_a_time(tmp_path: Path) -> None:
+    paths = _vllm_host.Paths(tmp_path, tmp_path)
+    with (
+        _vllm_host.locked(paths, "present a/model"),
+        pytest.raises(SwapError, match=r"did nothing: present a/model, process \d+, since 20"),
+        _vllm_host.locked(paths, "present another"),
+    ):
+        pass
+    with _vllm_host.locked(paths, "again"):
+        pass
+
+
+def test_the_watchdogs_look_is_waited_for(tmp_path: Path) -> None:
+    paths = _vllm_host.Paths(tmp_path, tmp_path)
+    paths.lock.parent.mkdir(parents=True)
+    with open(paths.lock, "a") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        threading.Timer(0.5, fcntl.flock, (stream, fcntl.LOCK_UN)).start()
+        with _vllm_host.locked(paths, "present a/model"):
+            pass
+    with open(paths.lock, "a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(SwapError, match="the watchdog"), _vllm_host.locked(paths, "present a/model", patience=0.3):
+            pass

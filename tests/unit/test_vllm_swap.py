@@ -1,0 +1,440 @@
+"""The order of a swap's steps, on a host made of dictionaries: what users meet, and what is left when a run is killed at any of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_swap import HOLD, Limits, State, Swap, SwapError, Traffic, Wish
+
+BLUE_TAKES, GREEN_TAKES, ASLEEP_TAKES = 60, 60, 2
+
+
+class Killed(BaseException):
+    """The process ended here, as with kill -9."""
+
+
+class World:
+    """What outlives a run: containers, the gateway, systemd, the file of the state."""
+
+    def __init__(self, memory: int = 1000) -> None:
+        self.memory = memory
+        self.containers: dict[str, dict[str, Any]] = {}
+        self.route = HOLD
+        self.file = ""
+        self.enabled: set[str] = set()
+        self.kept = ""
+        self.answered: list[str] = []
+        self.lost: list[str] = []
+        self.clock = 0.0
+
+    def used(self) -> int:
+        return sum(ASLEEP_TAKES if c["asleep"] else c["takes"] for c in self.containers.values() if c["running"])
+
+    def request(self) -> None:
+        """One request arrives. Held ones are answered later, so they are no loss."""
+        if self.route == HOLD:
+            return
+        container = self.containers.get(self.route)
+        if container and container["running"] and container["asleep"]:
+            self.lost.append(f"{self.route} sleeps")
+        elif container and container["running"] and not container["ready_at"] > self.clock:
+            self.answered.append(container["model"])
+        # One that is down makes requests wait as well: the connection is refused, and tried again.
+
+
+class FakeHost:
+    def __init__(self, world: World, *, kill_at: int = -1, before: bool = False, fate: dict[str, str] | None = None) -> None:
+        self.world = world
+        self.kill_at = kill_at
+        self.before = before
+        self.fate = fate or {}
+        self.steps = 0
+        self.names: list[str] = []
+        self.requests: dict[str, int] = {}
+
+    def step(self, name: str, act: Callable[[], None]) -> None:
+        """A change of the world; the run may be killed right before or right after it."""
+        mine = self.steps
+        self.steps += 1
+        self.names.append(name)
+        if mine == self.kill_at and self.before:
+            raise Killed
+        act()
+        self.world.request()
+        if mine == self.kill_at:
+            raise Killed
+
+    def now(self) -> float:
+        return self.world.clock
+
+    def pause(self, seconds: float) -> None:
+        self.world.clock += seconds
+        self.world.request()
+
+    def save(self, state: State) -> None:
+        self.step("save", lambda: setattr(self.world, "file", state.to_json()))
+
+    def status(self, slot: str) -> str:
+        container = self.world.containers.get(slot)
+        if container is None:
+            return "absent"
+        if container["running"] and self.fate.get(container["model"]) == "dies" and self.world.clock >= container["ready_at"] - 1:
+            container["running"] = False
+        return "running" if container["running"] else "stopped"
+
+    def create(self, slot: str, definition: dict[str, Any]) -> None:
+        model = definition["command"][0]
+
+        def act() -> None:
+            self.world.containers[slot] = {"model": model, "takes": BLUE_TAKES, "running": False, "asleep": False, "ready_at": 0.0, "policy": "no"}
+
+        self.step(f"create {slot}", act)
+
+    def start(self, slot: str) -> None:
+        def act() -> None:
+            container = self.world.containers[slot]
+            seconds = 10_000 if self.fate.get(container["model"]) == "slow" else 5
+            container.update(running=True, asleep=False, ready_at=self.world.clock + seconds)
+            assert self.world.used() <= self.world.memory, "more memory than there is"
+
+        self.step(f"start {slot}", act)
+
+    def stop(self, slot: str, *, at_once: bool) -> None:
+        def act() -> None:
+            if slot in self.world.containers:
+                self.world.containers[slot].update(running=False, asleep=False)
+
+        self.step(f"stop {slot}", act)
+
+    def remove(self, slot: str) -> None:
+        self.step(f"remove {slot}", lambda: self.world.containers.__delitem__(slot) if slot in self.world.containers else None)
+
+    def log(self, slot: str) -> str:
+        return "the last words"
+
+    def ready(self, slot: str) -> bool:
+        container = self.world.containers.get(slot)
+        return container is not None and self.status(slot) == "running" and bool(container["ready_at"] <= self.world.clock)
+
+    def asleep(self, slot: str) -> bool:
+        return bool(self.world.containers.get(slot, {}).get("asleep"))
+
+    def sleep(self, slot: str) -> None:
+        self.step(f"sleep {slot}", lambda: self.world.containers[slot].update(asleep=True))
+
+    def wake(self, slot: str) -> None:
+        def act() -> None:
+            self.world.containers[slot].update(asleep=False)
+            assert self.world.used() <= self.world.memory, "more memory than there is"
+
+        self.step(f"wake {slot}", act)
+
+    def busy(self, slot: str) -> int:
+        left = self.requests.get(slot, 0)
+        self.requests[slot] = max(0, left - 1)
+        return left
+
+    def judge(self, slot: str, *, briefly: bool) -> list[str]:
+        return ["it answers nonsense"] if self.fate.get(self.world.containers[slot]["model"]) == "bad" else []
+
+    def route(self, to: str) -> bool:
+        changed = bool(self.world.route != to)
+        self.step(f"route {to}", lambda: setattr(self.world, "route", to))
+        return changed
+
+    def keep_route(self, slot: str) -> bool:
+        changed = bool(self.world.kept != slot)
+        self.step(f"keep {slot}", lambda: setattr(self.world, "kept", slot))
+        return changed
+
+    def promote(self, slot: str) -> bool:
+        changed = bool(slot not in self.world.enabled)
+
+        def act() -> None:
+            self.world.enabled.add(slot)
+            self.world.containers[slot]["policy"] = "unless-stopped"
+
+        self.step(f"promote {slot}", act)
+        return changed
+
+    def demote(self, slot: str) -> bool:
+        def act() -> None:
+            self.world.enabled.discard(slot)
+            if slot in self.world.containers:
+                self.world.containers[slot]["policy"] = "no"
+
+        self.step(f"demote {slot}", act)
+        return True
+
+    def traffic(self) -> Traffic:
+        return Traffic(3 if self.world.route == HOLD else 0, 0)
+
+
+def wish(model: str, strategy: str = "side_by_side", *, sleep_mode: bool = True) -> Wish:
+    command = [model, "--gpu-memory-utilization", "0.9"]
+    return Wish(model, {"image": "vllm", "command": command}, strategy, weights_mib=1, utilization=0.9, beside_utilization=0.4, sleep_mode=sleep_mode)
+
+
+def run(world: World, act: Callable[[Swap], None], **how: Any) -> tuple[Swap, FakeHost]:
+    host = FakeHost(world, **how)
+    state = State.from_json(world.file) if world.file else State()
+    swap = Swap(host, state, Limits(start=60, drain=20), lambda phase, traffic: None)
+    act(swap)
+    return swap, host
+
+
+def present(world: World, wished: Wish, **how: Any) -> tuple[Swap, FakeHost]:
+    return run(world, lambda swap: swap.present(wished), **how)
+
+
+def serving(memory: int = 1000, **options: Any) -> World:
+    world = World(memory)
+    present(world, wish("old", **options))
+    return world
+
+
+def check_serves(world: World, model: str) -> None:
+    """All that is said about what serves must say the same."""
+    state = State.from_json(world.file)
+    assert state.target == ""
+    assert world.route == world.kept == state.active
+    assert world.enabled == {state.active}
+    serving = world.containers[state.active]
+    assert serving == serving | {"model": model, "running": True, "asleep": False, "policy": "unless-stopped"}
+    assert state.slots[state.active].model == model
+    assert set(world.containers) == set(state.slots)
+    for name, container in world.containers.items():
+        assert name == state.active or container["policy"] == "no"
+    assert world.lost == []
+
+
+ONE_GPU = 70
+WAYS = [
+    pytest.param(1000, "side_by_side", id="side_by_side"),
+    pytest.param(ONE_GPU, "sleep", id="sleep"),
+    pytest.param(ONE_GPU, "hold_and_recreate", id="hold"),
+]
+
+
+def test_first_model() -> None:
+    world = serving()
+    check_serves(world, "old")
+    assert set(world.containers) == {"blue"}
+
+
+def test_the_same_again_changes_nothing() -> None:
+    world = serving()
+    before = copy.deepcopy(world.containers)
+    swap, host = present(world, wish("old"))
+    assert not swap.changed
+    assert world.containers == before
+    assert not {name.split()[0] for name in host.names} & {"create", "start", "stop", "save", "sleep", "wake", "remove"}
+
+
+@pytest.mark.parametrize(("memory", "strategy"), WAYS)
+def test_swap_there_and_back(memory: int, strategy: str) -> None:
+    world = serving(memory)
+    swap, _ = present(world, wish("new", strategy))
+    assert swap.changed
+    assert (swap.held > 0) == (strategy != "side_by_side")
+    check_serves(world, "new")
+    assert len(world.containers) == 2
+    run(world, lambda swap: swap.rollback())
+    check_serves(world, "old")
+    present(world, wish("new", strategy))
+    check_serves(world, "new")
+    run(world, lambda swap: swap.prune())
+    check_serves(world, "new")
+    assert len(world.containers) == 1
+
+
+def test_beside_another_model_it_gets_the_share_that_is_left() -> None:
+    world = serving()
+    definitions: list[dict[str, Any]] = []
+    host = FakeHost(world)
+    create = host.create
+
+    def remember(slot: str, definition: dict[str, Any]) -> None:
+        definitions.append(definition)
+        create(slot, definition)
+
+    host.create = remember  # type: ignore[method-assign]
+    state = State.from_json(world.file)
+    Swap(host, state, Limits(60, 20), lambda phase, traffic: None).present(wish("new"))
+    assert definitions[0]["command"][-1] == "0.4"
+    assert state.slots["green"].utilization == 0.4
+    # The share is not part of the wish: the same wish again finds it fulfilled.
+    assert not present(world, wish("new"))[0].changed
+
+
+def test_a_model_that_sleeps_is_only_woken() -> None:
+    world = serving(ONE_GPU)
+    present(world, wish("new", "sleep"))
+    _, host = present(world, wish("old", "sleep"))
+    assert "wake blue" in host.names
+    assert not {"create blue", "start blue"} & set(host.names)
+    check_serves(world, "old")
+
+
+def test_on_the_way_back_a_model_that_never_slept_is_stopped() -> None:
+    """Its first sleep would take seconds for which requests are held."""
+    world = serving(ONE_GPU)
+    present(world, wish("new", "sleep"))
+    _, host = run(world, lambda swap: swap.rollback())
+    assert "stop green" in host.names
+    assert "sleep green" not in host.names
+    check_serves(world, "old")
+
+
+@pytest.mark.parametrize("fate", ["bad", "slow", "dies"])
+@pytest.mark.parametrize(("memory", "strategy"), WAYS)
+def test_a_bad_model_never_serves(memory: int, strategy: str, fate: str) -> None:
+    world = serving(memory)
+    with pytest.raises(SwapError, match=r"new \(green\)[\s\S]*the last words"):
+        present(world, wish("new", strategy), fate={"new": fate})
+    check_serves(world, "old")
+    assert set(world.containers) == {"blue"}
+    assert "new" not in world.answered
+
+
+@pytest.mark.parametrize("strategy", ["sleep", "hold_and_recreate"])
+def test_requests_that_take_too_long_are_not_cut_off(strategy: str) -> None:
+    world = serving(ONE_GPU)
+    host = FakeHost(world)
+    host.requests = {"blue": 10_000}
+    with pytest.raises(SwapError, match="requests of old"):
+        Swap(host, State.from_json(world.file), Limits(60, 20), lambda phase, traffic: None).present(wish("new", strategy))
+    assert not {"sleep blue", "stop blue", "create green"} & set(host.names)
+    check_serves(world, "old")
+
+
+def test_side_by_side_long_requests_end_in_peace() -> None:
+    world = serving()
+    host = FakeHost(world)
+    host.requests = {"blue": 10_000}
+    state = State.from_json(world.file)
+    Swap(host, state, Limits(60, 20), lambda phase, traffic: None).present(wish("new"))
+    check_serves(world, "new")
+    assert state.slots["blue"].condition == "running"
+    assert not world.containers["blue"]["asleep"]
+
+
+def test_a_model_that_is_down_is_replaced() -> None:
+    world = serving(ONE_GPU)
+    world.containers["blue"]["running"] = False
+    present(world, wish("new", "sleep"))
+    check_serves(world, "new")
+
+
+def test_what_serves_was_removed() -> None:
+    world = serving()
+    world.containers.clear()
+    present(world, wish("old"))
+    check_serves(world, "old")
+    world.containers.clear()
+    with pytest.raises(SwapError):
+        present(world, wish("new"), fate={"new": "bad"})
+    present(world, wish("new"))
+    check_serves(world, "new")
+
+
+def test_after_a_reboot_only_what_served_runs() -> None:
+    world = serving(ONE_GPU)
+    present(world, wish("new", "sleep"))
+    for name, container in world.containers.items():
+        container.update(asleep=False, running=name in world.enabled)
+    assert not present(world, wish("new", "sleep"))[0].changed
+    run(world, lambda swap: swap.rollback())
+    check_serves(world, "old")
+
+
+def scenarios() -> list[Any]:
+    """Every way, killed right before and right after every change that it makes."""
+    found = []
+    for memory, strategy in [(1000, "side_by_side"), (ONE_GPU, "sleep"), (ONE_GPU, "hold_and_recreate")]:
+        for kind in ("swap", "bad", "rollback", "again"):
+            world = prepared(memory, strategy, kind)
+            host = FakeHost(world)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(FakeHost, "step", counted := counting(FakeHost.step))
+                try:
+                    operate(world, strategy, kind)
+                except SwapError:
+                    assert kind == "bad"
+                steps = counted.count  # type: ignore[attr-defined]
+            del host
+            assert steps > 5
+            found += [pytest.param(memory, strategy, kind, step, before, id=f"{strategy}-{kind}-{step}-{'before' if before else 'after'}")
+                      for step in range(steps) for before in (True, False)]  # fmt: skip
+    return found
+
+
+def counting(step: Callable[..., None]) -> Callable[..., None]:
+    def counted(*arguments: Any) -> None:
+        counted.count += 1  # type: ignore[attr-defined]
+        step(*arguments)
+
+    counted.count = 0  # type: ignore[attr-defined]
+    return counted
+
+
+def prepared(memory: int, strategy: str, kind: str) -> World:
+    world = serving(memory)
+    if kind in ("rollback", "again"):
+        present(world, wish("new", strategy))
+    return world
+
+
+def operate(world: World, strategy: str, kind: str, **how: Any) -> None:
+    if kind == "rollback":
+        run(world, lambda swap: swap.rollback(), **how)
+    elif kind == "again":
+        present(world, wish("old", strategy), **how)
+    else:
+        present(world, wish("new", strategy), fate={"new": "bad"} if kind == "bad" else {}, **how)
+
+
+@pytest.mark.parametrize(("memory", "strategy", "kind", "step", "before"), scenarios())
+def test_killed_anywhere_it_converges_when_repeated(memory: int, strategy: str, kind: str, step: int, before: bool) -> None:
+    world = prepared(memory, strategy, kind)
+    with pytest.raises(Killed):
+        operate(world, strategy, kind, kill_at=step, before=before)
+    state = State.from_json(world.file)
+    # Users are held or met by a model that was judged, never by a third thing.
+    assert world.route in (HOLD, "blue", "green")
+    assert "new" not in world.answered or kind != "bad"
+    if kind == "bad":
+        with pytest.raises(SwapError, match="unfit"):
+            operate(world, strategy, kind)
+        return check_serves(world, "old")
+    if kind == "rollback":
+        # Once the flip is written down, a rollback has happened, and another one would go forward again.
+        if state.slots[state.active].model == "old":
+            run(world, lambda swap: swap.recover())
+        else:
+            operate(world, strategy, kind)
+        return check_serves(world, "old")
+    operate(world, strategy, kind)
+    return check_serves(world, "new" if kind == "swap" else "old")
+
+
+@pytest.mark.parametrize("step", range(60))
+def test_killed_while_it_recovers(step: int) -> None:
+    """A second run may be killed as well."""
+    world = serving(ONE_GPU)
+    with pytest.raises(Killed):
+        present(world, wish("new", "sleep"), kill_at=5)
+    try:
+        present(world, wish("new", "sleep"), kill_at=step)
+    except Killed:
+        present(world, wish("new", "sleep"))
+    check_serves(world, "new")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"slots": {"red": {}}}', '{"slots": {}, "active": "red"}', '{"slots": {}, "more": 1}'])
+def test_a_record_that_cannot_be_read(text: str) -> None:
+    with pytest.raises(SwapError):
+        State.from_json(text)
