@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help venv demo demo-clean test lint unit agent-test promtool-test molecule molecule-swap system-test bench-agent bench-swap bench-rows bench-retention drill-agent pin-images record-vllm lock clean
+.PHONY: help venv demo demo-clean test lint unit agent-test promtool-test molecule molecule-swap molecule-hosts molecule-nvidia system-test bench-agent bench-swap bench-rows bench-retention drill-agent pin-images record-vllm lock clean
 
 PYTHON ?= python3
 DEMO_PORT ?= 8443
@@ -31,14 +31,14 @@ demo-clean: venv
 	$(BIN)/python tools/demo.py clean
 
 ## make test          everything that CI runs; under 45 minutes on two cores
-test: lint unit agent-test promtool-test molecule molecule-swap system-test
+test: lint unit agent-test promtool-test molecule molecule-swap molecule-hosts molecule-nvidia system-test
 	@echo "== all tests passed"
 
 ## make lint          ansible-lint (production), yamllint, ruff, mypy
 lint: venv
 	ruff check . && ruff format --check .
 	cd files/agent && ruff check . && ruff format --check .
-	mypy tools plugins/plugin_utils plugins/module_utils plugins/modules plugins/lookup plugins/action bench/gpu_plan_compare.py tests/unit tests/system tests/testinfra tests/promtool tests/host tests/swap bench/swap.py bench/gpu_swap.py
+	mypy tools plugins/plugin_utils plugins/module_utils plugins/modules plugins/lookup plugins/action bench/gpu_plan_compare.py tests/unit tests/system tests/testinfra tests/promtool tests/host tests/hosts tests/swap bench/swap.py bench/gpu_swap.py
 	yamllint --strict .
 	ansible-lint --strict --offline
 
@@ -80,12 +80,24 @@ molecule-swap: venv
 	python tools/machine.py .cache/machine.json
 	molecule test -s swap
 
+## make molecule-hosts a front and two hosts that serve the model: shared requests, swaps one host after the other, a host that is lost
+molecule-hosts: venv
+	python tests/host/host.py engine
+	python tools/machine.py .cache/machine.json
+	molecule test -s hosts
+
+## make molecule-nvidia the NVIDIA Container Toolkit's role with a driver, a repository and GPUs that the scenario makes
+molecule-nvidia: venv
+	python tests/host/host.py engine
+	python tools/machine.py .cache/machine.json
+	molecule test -s nvidia
+
 ## make bench-swap    swaps under load in the same host: 20 side by side at 100 requests/s, then on one GPU; about ten minutes
 bench-swap: venv
 	python tests/host/host.py engine
 	python tools/machine.py .cache/machine.json
 	molecule converge -s swap
-	python bench/swap.py bench/gpu_swap.py
+	python bench/swap.py
 	molecule destroy -s swap
 
 ## make system-test   make demo (a real model on the CPU), then drills on its host: second run, bad input, secrets, recovery

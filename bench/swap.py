@@ -17,19 +17,20 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "swap"))
-import swap_host
+from swap_host import ROOT, Play, SwapHost
 
+HOST = SwapHost("agent-stack-swap", ROOT / "molecule" / "swap" / "inventory" / "hosts.yml", "tests/swap/model.yml")
 NAP, LOAD = 1, 4
 
 
 def side_by_side(swaps: int, rate: float, before_seconds: float) -> dict[str, Any]:
     """Swap between models while both run, and compare with the time before."""
-    check(swap_host.swap("bench-even"))
-    with swap_host.load(rate) as traffic:
+    check(HOST.swap("bench-even"))
+    with HOST.load(rate) as traffic:
         time.sleep(before_seconds)
         begun = time.time()
         for number in range(swaps):
-            check(swap_host.swap("bench-odd" if number % 2 == 0 else "bench-even"))
+            check(HOST.swap("bench-odd" if number % 2 == 0 else "bench-even"))
         ended = time.time()
     before, during = traffic.percentile(0.99, 0, begun), traffic.percentile(0.99, begun, ended)
     return {
@@ -47,13 +48,13 @@ def side_by_side(swaps: int, rate: float, before_seconds: float) -> dict[str, An
 def one_gpu(strategy: str, swaps: int, rate: float) -> dict[str, Any]:
     """Swap between models of which one runs at a time: the first time each is loaded, from then on it is woken or loaded again."""
     first, second = f"bench-{strategy}-a-slow-{LOAD}-nap-{NAP}", f"bench-{strategy}-b-slow-{LOAD}-nap-{NAP}"
-    check(swap_host.swap(first))
-    check(swap_host.play(playbook="playbooks/prune.yml"))
+    check(HOST.swap(first))
+    check(HOST.play(playbook="playbooks/prune.yml"))
     held: list[dict[str, float]] = []
-    with swap_host.load(rate) as traffic:
+    with HOST.load(rate) as traffic:
         for number in range(swaps):
-            held.append(check(swap_host.swap(second if number % 2 == 0 else first, strategy)).outcome)
-        rolled_back = check(swap_host.play(playbook="playbooks/rollback.yml"))
+            held.append(check(HOST.swap(second if number % 2 == 0 else first, strategy)).outcome)
+        rolled_back = check(HOST.play(playbook="playbooks/rollback.yml"))
     return {
         "swaps": swaps + 1,
         "requests": len(traffic.records),
@@ -65,7 +66,7 @@ def one_gpu(strategy: str, swaps: int, rate: float) -> dict[str, Any]:
     }
 
 
-def check(play: swap_host.Play) -> swap_host.Play:
+def check(play: Play) -> Play:
     if play.returncode != 0:
         sys.exit(f"a swap failed:\n{play.output}")
     return play

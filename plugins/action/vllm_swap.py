@@ -15,6 +15,8 @@ MODULE = "selfhosted.agent_stack.vllm_swap"
 # Longer than any model takes to load. It only ends a job that nobody would ever end.
 JOB_SECONDS = 86400
 SHOW_SECONDS = 5
+# Looks at a job that do not find it, one after the other.
+PATIENCE = 10
 
 display = Display()
 
@@ -55,7 +57,7 @@ class ActionModule(ActionBase):
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         result: dict[str, Any] = super().run(tmp, task_vars)
         arguments = dict(self._task.args)
-        if arguments.get("state") == "status" or self._task.check_mode:
+        if arguments.get("state") in ("status", "prepared") or self._task.check_mode:
             result.update(self._execute_module(module_name=MODULE, module_args=arguments, task_vars=task_vars))
             return result
         first = self._execute_module(module_name=MODULE, module_args=arguments | {"at_once": True}, task_vars=task_vars)
@@ -74,12 +76,21 @@ class ActionModule(ActionBase):
         where = {"jid": job["ansible_job_id"], "_async_dir": os.path.dirname(job["results_file"])}
         asking = {key: arguments[key] for key in ("root", "data") if key in arguments} | {"state": "status"}
         shown = Shown()
+        unknown = 0
         while True:
             outcome = self._execute_module(module_name="ansible.legacy.async_status", module_args=where, task_vars=task_vars)
             status = self._execute_module(module_name=MODULE, module_args=asking, task_vars=task_vars)
             shown.show(status.get("progress", {}))
             if outcome.get("finished"):
                 break
+            # Its file is written anew while the job runs, and once may be met half written.
+            unknown = unknown + 1 if "finished" not in outcome else 0
+            if unknown == PATIENCE:
+                said = outcome.get("msg") or "nothing"
+                return {
+                    "failed": True,
+                    "msg": f"the swap's process on the host does not say any more how it is ({said}); run the play again, which ends or undoes it",
+                }
             time.sleep(0.5)
         shown.rest(outcome)
         self._execute_module(module_name="ansible.legacy.async_status", module_args=where | {"mode": "cleanup"}, task_vars=task_vars)

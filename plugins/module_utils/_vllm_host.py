@@ -20,7 +20,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any, TextIO
 from urllib.error import URLError
-from urllib.request import Request, urlopen
+from urllib.request import ProxyHandler, Request, build_opener
 
 from ansible_collections.selfhosted.agent_stack.plugins.module_utils import _vllm_api
 from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_judge import Judge
@@ -30,6 +30,8 @@ NETWORK = "agent-stack-model"
 PORT = 8000
 # A server of HAProxy's takes no new requests with any of these set: maintenance by command, inherited, for want of an address, or by host name.
 OUT_OF_SERVICE = 0x01 | 0x02 | 0x20 | 0x40
+# Containers are not asked through a proxy that the host may use for the world outside.
+OPENER = build_opener(ProxyHandler({}))
 SERVER_LINE = re.compile(r"^(\s*server (\w+) .*?)( disabled)?$", re.MULTILINE)
 
 
@@ -65,10 +67,11 @@ class Paths:
         return self.root / f"vllm-{slot}"
 
 
-def write(path: Path, text: str) -> None:
+def write(path: Path, text: str, mode: int = 0o640) -> None:
     """Replace a file such that after a power cut it is the old one or the new one."""
     new = path.with_name(f".{path.name}.new")
-    with open(new, "w", opener=lambda name, flags: os.open(name, flags, 0o640)) as stream:
+    with open(new, "w") as stream:
+        os.fchmod(stream.fileno(), mode)
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
@@ -153,7 +156,7 @@ class Gateway:
     def route(self, to: str) -> bool:
         """Send new requests to one server alone. The new one first, so that there is always one."""
         now = self.servers()
-        wanted = {key: key[1] == to for key in now if key[0] in ("model", "model_metrics") and key[1] in (*SLOTS, HOLD)}
+        wanted = {key: key[1] == to for key in now if key[0] in ("model", "model_now") and key[1] in (*SLOTS, HOLD)}
         changes = [key for key in sorted(wanted, key=lambda key: not wanted[key]) if now[key][1] != wanted[key]]
         for backend, name in changes:
             answer = self.ask(f"set server {backend}/{name} state {'ready' if wanted[backend, name] else 'maint'}").strip()
@@ -161,25 +164,35 @@ class Gateway:
                 raise SwapError(f"the gateway refused to change {backend}/{name}: {answer}")
         return bool(changes)
 
-    def keep(self, to: str) -> bool:
-        """Have the file name the same. What is in service there has no `disabled` at the end of its line."""
-        before = self.paths.servers.read_text()
-        after = SERVER_LINE.sub(lambda match: match[1] + (" disabled" if match[2] in (*SLOTS, HOLD) and match[2] != to else ""), before)
+    def keep(self, to: str, text: str = "", *, dry: bool = False) -> bool:
+        """Have the file name the same; `text` replaces the rest of it. Return whether that is a change, which is not made if `dry`.
+
+        What is in service has no `disabled` at the end of its line there.
+        """
+        before = self.paths.servers.read_text() if self.paths.servers.exists() else ""
+        after = SERVER_LINE.sub(lambda match: match[1] + (" disabled" if match[2] in (*SLOTS, HOLD) and match[2] != to else ""), text or before)
         if after == before:
             return False
-        write(self.paths.servers, after)
-        os.chmod(self.paths.servers, 0o644)
+        if not dry:
+            write(self.paths.servers, after, 0o644)
         return True
+
+    def kept(self) -> str:
+        """Return what the file names: a slot, or that requests are held."""
+        text = self.paths.servers.read_text() if self.paths.servers.exists() else ""
+        lines = SERVER_LINE.findall(text)
+        return str(next((name for _, name, disabled in lines if name in SLOTS and not disabled), HOLD))
 
 
 class DockerHost:
     """`_vllm_swap.Host` on a real host."""
 
-    def __init__(self, paths: Paths, served_name: str, judging: dict[str, Any], docker: str = "docker") -> None:
+    def __init__(self, paths: Paths, served_name: str = "", judging: dict[str, Any] | None = None, docker: str = "docker", *, gpu: bool = False) -> None:
         self.paths = paths
         self.served_name = served_name
-        self.judging = judging
+        self.judging = judging or {}
         self.docker = docker
+        self.gpu = gpu
         self.gateway = Gateway(paths)
 
     # ------------------------------------------------------------------------------------------------------------------- programs
@@ -215,7 +228,7 @@ class DockerHost:
         """Raises OSError for anything but a 2xx answer."""
         request = Request(f"{self.url(slot)}{path}", data=b"" if post else None)
         try:
-            with urlopen(request, timeout=timeout) as response:
+            with OPENER.open(request, timeout=timeout) as response:
                 return bytes(response.read())
         except HTTPException as error:
             raise URLError(f"{path} was answered with something else than HTTP: {error!r}") from error
@@ -234,8 +247,21 @@ class DockerHost:
     def status(self, slot: str) -> str:
         state = self.inspect(slot).get("State")
         if state is None:
-            return "absent"
+            return "stopped" if (self.paths.project(slot) / "compose.yml").exists() else "absent"
         return "running" if state["Running"] else "stopped"
+
+    def born(self, slot: str) -> str:
+        # The id alone stays the same when Docker starts a container again.
+        found = self.inspect(slot)
+        return f"{found['Id'][:12]} {found['State']['StartedAt']}" if found else ""
+
+    def check(self) -> None:
+        if not self.gpu:
+            return
+        found = self.run("nvidia-smi", "-L", timeout=30, check=False)
+        if found.returncode != 0:
+            said = (found.stdout + found.stderr).strip()
+            raise SwapError(f"the host's GPU is away, and no model can be started: nvidia-smi ended with {found.returncode}: {said}")
 
     def create(self, slot: str, definition: dict[str, Any]) -> None:
         project = {
@@ -245,13 +271,19 @@ class DockerHost:
         }
         directory = self.paths.project(slot)
         directory.mkdir(mode=0o755, exist_ok=True)
+        self._stand_by(slot, True)
         # JSON is YAML, and needs no library on the host. Compose would take a dollar sign for a variable.
         text = json.dumps(project, indent=2).replace("$", "$$")
         write(directory / "compose.yml", f"# Written by the swap of models. What serves is changed with `--tags vllm`.\n{text}\n")
+        self._create_container(slot)
+
+    def _create_container(self, slot: str) -> None:
         self.compose(slot, "create", "--no-build", "--pull", "never")
         self.run(self.docker, "update", "--restart=no", container(slot))
 
     def start(self, slot: str) -> None:
+        if not self.inspect(slot):
+            self._create_container(slot)
         self.compose(slot, "start")
 
     def stop(self, slot: str, *, at_once: bool) -> None:
@@ -271,11 +303,11 @@ class DockerHost:
     def remove(self, slot: str) -> None:
         if (self.paths.project(slot) / "compose.yml").exists():
             self.stop(slot, at_once=True)
+            self.run("systemctl", "stop", unit(slot), check=False)
             self.compose(slot, "down")
         elif self.status(slot) != "absent":
             self.run(self.docker, "container", "rm", "--force", container(slot))
         shutil.rmtree(self.paths.project(slot), ignore_errors=True)
-        self.run("systemctl", "stop", unit(slot), check=False)
 
     def log(self, slot: str) -> str:
         result = self.run(self.docker, "logs", "--tail", "40", container(slot), check=False)
@@ -317,7 +349,10 @@ class DockerHost:
         return max(at_gateway, int(in_engine))
 
     def judge(self, slot: str, *, briefly: bool) -> list[str]:
-        url = self.url(slot)
+        try:
+            url = self.url(slot)
+        except URLError as error:
+            return [str(error.reason)]
         params = {
             "url": url,
             "model": self.served_name,
@@ -355,8 +390,10 @@ class DockerHost:
 
     def promote(self, slot: str) -> bool:
         changed = self._restart_policy(slot, "unless-stopped")
+        changed = self._stand_by(slot, False) or changed
         if self.run("systemctl", "is-enabled", unit(slot), check=False).returncode != 0:
-            self.run("systemctl", "enable", unit(slot))
+            # A reload of all units can cost running containers their GPU, and a link needs none.
+            self.run("systemctl", "enable", "--no-reload", unit(slot))
             changed = True
         if self.run("systemctl", "is-active", unit(slot), check=False).stdout.strip() not in ("active", "activating"):
             # It only finds what runs already. Nobody waits for it to see that.
@@ -366,11 +403,24 @@ class DockerHost:
 
     def demote(self, slot: str) -> bool:
         if self.run("systemctl", "is-enabled", unit(slot), check=False).returncode == 0:
-            self.run("systemctl", "disable", unit(slot))
-        return self.status(slot) != "absent" and self._restart_policy(slot, "no")
+            self.run("systemctl", "disable", "--no-reload", unit(slot))
+        changed = self._stand_by(slot, True)
+        return self._restart_policy(slot, "no") or changed
+
+    def _stand_by(self, slot: str, wanted: bool) -> bool:
+        """The mark keeps the slot's unit from starting it, whoever restarts the target."""
+        mark = self.paths.project(slot) / "standby"
+        if not self.paths.project(slot).is_dir() or mark.exists() == wanted:
+            return False
+        if wanted:
+            mark.touch()
+        else:
+            mark.unlink()
+        return True
 
     def _restart_policy(self, slot: str, policy: str) -> bool:
-        if self.inspect(slot).get("HostConfig", {}).get("RestartPolicy", {}).get("Name") == policy:
+        found = self.inspect(slot)
+        if not found or found["HostConfig"]["RestartPolicy"]["Name"] == policy:
             return False
         self.run(self.docker, "update", f"--restart={policy}", container(slot))
         return True
@@ -382,7 +432,7 @@ class DockerHost:
         except SwapError:
             return Traffic(0, 0)
         whole = rows.get("BACKEND", {})
-        served = sum(int(rows.get(slot, {}).get("scur") or 0) for slot in SLOTS)
+        served = sum(int(row.get("scur") or 0) for name, row in rows.items() if name not in ("BACKEND", HOLD))
         return Traffic(max(0, int(whole.get("scur") or 0) - served), int(whole.get("hrsp_5xx") or 0))
 
 

@@ -10,10 +10,13 @@ from contextlib import closing
 from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError
-from urllib.request import Request, urlopen
+from urllib.request import ProxyHandler, Request, build_opener
 
 from ansible_collections.selfhosted.agent_stack.plugins.module_utils import _vllm_api
 from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_api import ApiError
+
+# A server of the stack's own is not asked through a proxy for the world outside.
+OPENER = build_opener(ProxyHandler({}))
 
 # The option `golden_prompts` of the modules that judge.
 GOLDEN_PROMPTS: dict[str, Any] = {
@@ -34,7 +37,7 @@ def lines_of(url: str, timeout: float, body: bytes | None = None) -> Generator[b
     request = Request(url, data=body, headers={"Content-Type": "application/json"})
     deadline = time.monotonic() + timeout
     try:
-        with urlopen(request, timeout=timeout) as response:
+        with OPENER.open(request, timeout=timeout) as response:
             for line in response:
                 yield line
                 if time.monotonic() > deadline:

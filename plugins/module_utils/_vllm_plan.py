@@ -33,6 +33,8 @@ GRAPH_BYTES_PER_LAYER = 18 * MIB
 PARALLEL_BYTES = 1 * GIB
 # What a sleeping engine keeps on its GPU: the CUDA context and what its own allocator does not manage. Seen: 1,889 and 2,003 MiB.
 ASLEEP_MIB = 2050
+# An engine holds a little more than its share (850 MiB seen), which is not another program's.
+FOREIGN_TOLERANCE_MIB = 1024
 
 
 class PlanError(ValueError):
@@ -521,11 +523,16 @@ def make_plan(shape: Shape, disk_bytes: int | None, gpus: Sequence[Gpu], wish: W
     if wish.tensor_parallel > len(ordered):
         raise PlanError(f"{wish.tensor_parallel} GPUs were asked for, and there are {len(ordered)}.")
     sizes = [wish.tensor_parallel] if wish.tensor_parallel else [2**power for power in range(len(ordered).bit_length()) if 2**power <= len(ordered)]
-    plans = [plan_on(shape, disk_bytes, ordered[size - 1], size, wish) for size in sizes]
+    plans = [plan_on(shape, disk_bytes, _least(ordered[:size]), size, wish) for size in sizes]
     chosen = next((plan for plan in plans if plan.fits), plans[-1])
     if chosen.fits:
         return chosen
     return _with_advice(shape, disk_bytes, chosen, wish)
+
+
+def _least(gpus: Sequence[Gpu]) -> Gpu:
+    """Return the GPU that decides when some share a model: the smallest, with the least free memory of them all."""
+    return replace(gpus[-1], free_mib=min(gpu.free_mib for gpu in gpus))
 
 
 def plan_on(shape: Shape, disk_bytes: int | None, gpu: Gpu, tensor_parallel: int, wish: Wish) -> Plan:
@@ -669,11 +676,16 @@ def plan_swap(plan: Plan, running: Running | None, *, asleep: bool, loaded_befor
     wanted = plan.memory.weights + plan.memory.overhead
     if not plan.fits:
         return Swap("none", 0.0, "the new model does not fit even alone, so what runs stays as it is", 0.0)
-    gpu = plan.gpu
+    gpu, share = plan.gpu, plan_utilization(plan)
+    foreign = max(0, gpu.total_mib - gpu.free_mib - (running.used_mib if running else 0))
+    # vLLM refuses to start where less is free than its share of the whole.
+    if gpu.total_mib - foreign + FOREIGN_TOLERANCE_MIB < share * gpu.total_mib:
+        whose = f"other programs hold {foreign:,} of {gpu.total_mib:,} MiB"
+        return Swap("none", 0.0, f"{whose}, so a share of {share:g} is not free even if {running.name if running else 'nothing'} stops.", 0.0)
     if running is None:
         return Swap("start", 0.0, "nothing runs now", 0.0)
-    # vLLM refuses to start where less is free than its share of the whole, so green's share is what is free.
-    beside = math.floor(100 * (gpu.free_mib - 256) / gpu.total_mib) / 100
+    # Green's share is what is free, at most what was asked for.
+    beside = min(share, math.floor(100 * (gpu.free_mib - 256) / gpu.total_mib) / 100)
     one_context = plan.memory.kv_bytes_per_token * plan.context
     if beside > 0 and beside * gpu.total >= wanted + one_context:
         return Swap(
@@ -682,18 +694,17 @@ def plan_swap(plan: Plan, running: Running | None, *, asleep: bool, loaded_befor
     blue_gib = running.weights_mib / 1024
     sleep = (timings.later_sleep_per_gib if running.slept_before else timings.first_sleep_per_gib) * blue_gib
     stop_and_load = timings.stop + load
-    foreign = max(0, gpu.total_mib - gpu.free_mib - running.used_mib)
     if not running.sleep_mode:
         why = f"{running.name} was started without sleep mode"
-    elif gpu.total_mib - foreign - ASLEEP_MIB < math.ceil(plan_utilization(plan) * gpu.total_mib):
+    elif gpu.total_mib - foreign - ASLEEP_MIB < math.ceil(share * gpu.total_mib):
         why = f"beside {running.name} asleep ({ASLEEP_MIB:,} MiB) and other programs ({foreign:,} MiB) the new model's share is not free"
     elif host_free_mib < running.weights_mib + 2048:
         why = f"the host has {host_free_mib:,} MiB of memory free, and the weights of {running.name} take {running.weights_mib:,}"
     else:
         then = timings.wake_per_gib * gib if asleep else load
         reason = f"{running.name} sleeps, and {'the new model wakes' if asleep else 'the new model loads'}; going back takes one wake-up"
-        return Swap("sleep", round(sleep + then, 1), reason, plan_utilization(plan))
-    return Swap("hold_and_recreate", round(stop_and_load, 1), f"{why}, so it stops before the new one loads", plan_utilization(plan))
+        return Swap("sleep", round(sleep + then, 1), reason, share)
+    return Swap("hold_and_recreate", round(stop_and_load, 1), f"{why}, so it stops before the new one loads", share)
 
 
 def plan_utilization(plan: Plan) -> float:

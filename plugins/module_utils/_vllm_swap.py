@@ -10,15 +10,18 @@ Before the flip is written down, a swap that ends early is undone: whoever comes
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 SLOTS = ("blue", "green")
 STRATEGIES = ("side_by_side", "sleep", "hold_and_recreate")
 HOLD = "hold"
+# What a sleeping model takes to answer again, with room: seconds.
+BACK_SECONDS = 15
 
 
 class SwapError(Exception):
@@ -35,7 +38,9 @@ class Slot:
     utilization: float = 0.0
     sleep_mode: bool = False
     condition: str = "starting"
-    slept_before: bool = False
+    # The first sleep of a process takes long; this is the process (`Host.born`) that has slept, if it is still the same.
+    slept: str = ""
+    load_seconds: float = 0.0
     proven: bool = False
     since: float = 0.0
 
@@ -68,6 +73,8 @@ class State:
             raise SwapError(f"the record of the slots cannot be read: {error}") from error
         if any(name not in SLOTS for name in [*slots, *filter(None, (state.active, state.target))]):
             raise SwapError("the record of the slots names others than blue and green")
+        if state.active and state.active not in slots:
+            raise SwapError(f"the record of the slots says that {state.active} serves, and nothing of what is in it")
         return state
 
 
@@ -100,10 +107,11 @@ class Wish:
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds."""
+    """Seconds: until a model answers, until running requests have ended, and for which the gateway holds requests."""
 
     start: float = 900
     drain: float = 120
+    hold: float = 300
 
 
 @dataclass(frozen=True)
@@ -122,7 +130,13 @@ class Host(Protocol):
     def save(self, state: State) -> None: ...
 
     def status(self, slot: str) -> str:
-        """Return absent, stopped or running."""
+        """Return absent, stopped or running. A slot whose container was removed, and can be made again, is stopped."""
+
+    def born(self, slot: str) -> str:
+        """Return what tells this run of the slot's process from any other."""
+
+    def check(self) -> None:
+        """Raise SwapError if the host cannot start a model at all, because its GPU is away."""
 
     def create(self, slot: str, definition: dict[str, Any]) -> None:
         """Write the slot's Compose project and create its container, such that a crash ends it."""
@@ -173,6 +187,7 @@ class Swap:
         self.held_seconds = 0.0
         self.held = 0
         self._held_since: float | None = None
+        self._way_back = False
 
     # ------------------------------------------------------------------------------------------------------------ what users ask for
 
@@ -189,8 +204,7 @@ class Swap:
         if standby and standby.digest == wish.digest and self.host.status(target) == "running":
             return self._change(target, state.strategy, None)
         if standby:
-            self._tell("remove")
-            self._drop(target)
+            self._clear(target)
         return self._change(target, wish.strategy, wish)
 
     def rollback(self) -> None:
@@ -205,11 +219,13 @@ class Swap:
         """Remove the model that waits for a rollback."""
         self.recover()
         if self.state.standby:
-            self._tell("remove")
-            self._drop(self.state.standby)
+            self._clear(self.state.standby)
 
     def recover(self) -> None:
-        """End what another run left half done: before its flip was written down it is undone, after it finished."""
+        """End what another run left half done: before its flip was written down it is undone, after it finished.
+
+        A model that does not come back is no error here: requests are held, and whoever asked can still have another one serve.
+        """
         state = self.state
         if not state.target:
             return
@@ -223,11 +239,9 @@ class Swap:
 
     def _first(self, wish: Wish) -> None:
         self._begin("blue", "", wish)
-        try:
-            self._bring_up("blue", wish.definition)
-        except SwapError:
-            self._undo()
-            raise
+        with self._undone_if_it_fails():
+            self.host.create("blue", wish.definition)
+            self._bring_up("blue")
         self._flip("blue")
 
     def _keep(self, wish: Wish) -> None:
@@ -243,23 +257,33 @@ class Swap:
 
     def _change(self, target: str, strategy: str, wish: Wish | None, *, back: bool = False) -> None:
         active = self.state.active
-        if not self._fit(active):
+        self._way_back = self._fit(active)
+        if not self._way_back:
             # Nothing answers, so there is nothing to drain, and no memory to share.
             strategy = "hold_and_recreate"
         self._begin(target, strategy, wish)
-        try:
+        with self._undone_if_it_fails():
+            # Whatever needs no memory of the GPU comes before requests are held.
+            self.host.check()
+            if wish:
+                self._tell("create")
+                self.host.create(target, wish.definition_for(strategy))
             if strategy != "side_by_side":
                 self._hold()
                 self._drain(active)
                 self._quiet(active, strategy, at_once=back)
-            self._bring_up(target, wish.definition_for(strategy) if wish else None, briefly=back)
-        except SwapError as error:
-            try:
-                self._undo()
-            except SwapError as second:
-                raise SwapError(f"{error}\nWhat served before does not come back either: {second}") from error
-            raise
+            self._bring_up(target, briefly=back)
         self._flip(target)
+
+    @contextlib.contextmanager
+    def _undone_if_it_fails(self) -> Iterator[None]:
+        """Requests may be held, so whatever goes wrong, what served before must serve again. Raises SwapError."""
+        try:
+            yield
+        except Exception as error:
+            why = str(error) if isinstance(error, SwapError) else f"{type(error).__name__}: {error}"
+            second = self._undo()
+            raise SwapError(f"{why}\nWhat served before does not come back either: {second}" if second else why) from error
 
     def _begin(self, target: str, strategy: str, wish: Wish | None) -> None:
         self.changed = True
@@ -270,16 +294,15 @@ class Swap:
             state.slots[target] = Slot(wish.model, wish.digest, wish.weights_mib, share or wish.utilization, wish.sleep_mode, since=self.host.now())
         self.host.save(state)
 
-    def _bring_up(self, slot: str, definition: dict[str, Any] | None, *, briefly: bool = False) -> None:
+    def _bring_up(self, slot: str, *, briefly: bool = False) -> None:
         """Start or wake a slot and judge it. Raises SwapError with the server's last words."""
         host = self.host
-        if definition is not None:
+        if host.status(slot) != "running":
             self._tell("start")
-            host.create(slot, definition)
+            begun = host.now()
             host.start(slot)
-        elif host.status(slot) != "running":
-            self._tell("start")
-            host.start(slot)
+            self._wait_until_ready(slot)
+            self.state.slots[slot].load_seconds = round(host.now() - begun, 1)
         self._wait_until_ready(slot)
         if host.asleep(slot):
             self._tell("wake")
@@ -296,6 +319,7 @@ class Swap:
                 raise SwapError(f"{self._name(slot)} ended while it was starting.\nIts last log lines:\n{self.host.log(slot)}")
             if self.host.now() > deadline:
                 raise SwapError(f"{self._name(slot)} was not ready after {self.limits.start:g} seconds.\nIts last log lines:\n{self.host.log(slot)}")
+            self._held_too_long(slot)
             self._tell("load")
             self.host.pause(0.5)
 
@@ -305,6 +329,8 @@ class Swap:
         state.active = target
         self.host.save(state)
         self._finish()
+        if state.active != target:
+            raise SwapError("the new model was judged fit, and ended before it could serve; what served before serves on")
 
     def _finish(self) -> None:
         """Have the target serve and the other slot wait. Every step may have been done before."""
@@ -313,22 +339,34 @@ class Swap:
         self.changed = True
         if not self._fit(target):
             # Only after an interruption: the host was restarted, or someone stopped it.
-            if other and state.strategy != "side_by_side" and self._fit(other):
-                self._hold()
-                self._drain(other)
-                self._quiet(other, state.strategy, at_once=True)
-            self._restore(target)
+            try:
+                if other and state.strategy != "side_by_side" and host.status(other) == "running" and not host.asleep(other):
+                    self._hold()
+                    self._drain(other)
+                    self._quiet(other, state.strategy, at_once=True)
+                self._restore(target)
+            except SwapError:
+                if not other:
+                    self._released()
+                    state.target = ""
+                    return host.save(state)
+                # It served for a moment at most. The other one is known to be good.
+                state.active, state.target = other, target
+                host.save(state)
+                self._undo()
+                return None
         self._tell("flip")
+        # First of all: after a reboot in between, what the gateway names must start.
+        host.promote(target)
         host.keep_route(target)
         host.route(target)
         self._released()
-        host.promote(target)
         state.slots[target].condition = "serving"
         state.slots[target].proven = True
         if other:
             self._settle(other)
         state.target = ""
-        host.save(state)
+        return host.save(state)
 
     def _settle(self, slot: str) -> None:
         """Let the slot that served end its requests, then wait for a rollback."""
@@ -346,35 +384,56 @@ class Swap:
             return
         if self._can_sleep(slot) and not host.asleep(slot):
             self._tell("sleep")
-            host.sleep(slot)
-            entry.slept_before = True
-        entry.condition = "asleep" if host.asleep(slot) else "running"
+            try:
+                host.sleep(slot)
+                entry.slept = host.born(slot)
+            except SwapError:
+                host.stop(slot, at_once=True)
+        entry.condition = "stopped" if host.status(slot) != "running" else "asleep" if host.asleep(slot) else "running"
 
-    def _undo(self) -> None:
-        """Have what served before serve on, and forget the target."""
-        state = self.state
+    def _undo(self) -> str:
+        """Have what served before serve on, and forget the target. Return why it does not serve, or nothing.
+
+        Whatever happens, the record says afterwards that no swap is under way, so that the next run can do something else.
+        """
+        state, host = self.state, self.host
         target, active = state.target, state.active
+        failure = ""
+        # It takes as long as it takes: there is nothing else to go back to.
+        self._way_back = False
         self._tell("undo")
-        if active and self.host.status(active) == "absent":
+        if active and host.status(active) == "absent":
             # Someone removed it, so there is nothing to go back to, and the gateway holds requests until a model is there.
             state.slots.pop(active)
             state.active = ""
         elif active:
-            if not self.host.asleep(target):
-                self.host.stop(target, at_once=True)
-            self._restore(active)
-            self.host.route(active)
+            try:
+                if not host.asleep(target):
+                    host.stop(target, at_once=True)
+                self._restore(active)
+                host.promote(active)
+                host.keep_route(active)
+                host.route(active)
+                state.slots[active].condition = "serving"
+            except (SwapError, OSError) as error:
+                failure = str(error)
             self._released()
-            self.host.promote(active)
-            state.slots[active].condition = "serving"
         entry = state.slots.get(target)
         if not state.active or not entry or not entry.proven:
-            return self._drop(target)
+            self._drop(target)
+            return failure
         # It was on its way back, and may be asked to come back again.
-        self.host.demote(target)
-        entry.condition = "asleep" if self.host.asleep(target) else "stopped"
+        host.demote(target)
+        entry.condition = "asleep" if host.asleep(target) else "stopped"
         state.target = ""
-        return self.host.save(state)
+        host.save(state)
+        return failure
+
+    def _clear(self, slot: str) -> None:
+        """Remove what waits for a rollback, once it has ended its requests. Raises SwapError."""
+        self._drain(slot)
+        self._tell("remove")
+        self._drop(slot)
 
     def _drop(self, slot: str) -> None:
         self.changed = True
@@ -388,7 +447,14 @@ class Swap:
     # ------------------------------------------------------------------------------------------------------------ single steps
 
     def _fit(self, slot: str) -> bool:
-        return self.host.status(slot) == "running" and self.host.ready(slot) and not self.host.asleep(slot)
+        """Whether a slot answers. One that runs and is late with one answer is busy, not broken."""
+        for _ in range(3):
+            if self.host.status(slot) != "running":
+                return False
+            if self.host.ready(slot):
+                return not self.host.asleep(slot)
+            self.host.pause(1)
+        return False
 
     def _restore(self, slot: str) -> None:
         """Have a slot answer that did before, from whatever state it is in."""
@@ -407,6 +473,8 @@ class Swap:
         self._tell("hold")
         if self._held_since is None:
             self._held_since = self.host.now()
+        # A gateway that is restarted meanwhile must not send requests to a model that sleeps.
+        self.host.keep_route(HOLD)
         self.host.route(HOLD)
 
     def _released(self) -> None:
@@ -415,10 +483,23 @@ class Swap:
             self.held_seconds += self.host.now() - self._held_since
             self._held_since = None
 
+    def _held_too_long(self, slot: str) -> None:
+        """Raise SwapError as long as there is time to have the old model back before the gateway gives requests up."""
+        if self._held_since is None or not self._way_back:
+            return
+        active = self.state.slots[self.state.active]
+        back = BACK_SECONDS + (active.load_seconds if active.condition == "stopped" else 0)
+        longest = max(self.limits.hold - back, self.limits.hold / 2)
+        if self.host.now() - self._held_since > longest:
+            raise SwapError(
+                f"requests had been held for {longest:g} seconds, and {self._name(slot)} did not answer yet; the gateway holds them for"
+                f" {self.limits.hold:g} (vllm_hold_seconds).\nIts last log lines:\n{self.host.log(slot)}"
+            )
+
     def _drain(self, slot: str) -> None:
         """Wait for the slot's requests. Raises SwapError when they take too long: none is cut off."""
         deadline = self.host.now() + self.limits.drain
-        while self.host.status(slot) == "running" and self.host.ready(slot) and (busy := self.host.busy(slot)):
+        while self.host.status(slot) == "running" and (busy := self.host.busy(slot)):
             if self.host.now() > deadline:
                 raise SwapError(f"{busy} requests of {self._name(slot)} were not finished after {self.limits.drain:g} seconds")
             self._tell("drain")
@@ -427,11 +508,12 @@ class Swap:
     def _quiet(self, slot: str, strategy: str, *, at_once: bool) -> None:
         """Have a drained slot give its memory back. The first sleep takes long, so on the way back from a bad model it is stopped instead."""
         entry = self.state.slots[slot]
-        if strategy == "sleep" and self._can_sleep(slot) and (entry.slept_before or not at_once):
+        born = self.host.born(slot)
+        if strategy == "sleep" and self._can_sleep(slot) and (entry.slept == born or not at_once):
             self._tell("sleep")
             if not self.host.asleep(slot):
                 self.host.sleep(slot)
-            entry.slept_before = True
+            entry.slept = born
             entry.condition = "asleep"
         else:
             self._tell("stop")

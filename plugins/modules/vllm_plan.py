@@ -180,6 +180,12 @@ arguments:
   type: list
   elements: str
   sample: [--max-model-len, "16384", --gpu-memory-utilization, "0.9", --tensor-parallel-size, "1", --enable-auto-tool-choice, --tool-call-parser, hermes]
+model_arguments:
+  description: Those of RV(arguments) that follow from the model and the kind of GPU, and not from what is free at the moment.
+  returned: success
+  type: list
+  elements: str
+  sample: [--enable-auto-tool-choice, --tool-call-parser, hermes]
 environment:
   description: Environment variables that were measured to make such a model faster on such a GPU.
   returned: success
@@ -331,15 +337,25 @@ def parsers_of(params: dict[str, Any], family: dict[str, Any] | None) -> dict[st
     return chosen
 
 
-def arguments_of(plan: _vllm_plan.Plan, swap: _vllm_plan.Swap, parsers: dict[str, str], shape: _vllm_plan.Shape, params: dict[str, Any]) -> list[str]:
+def size_arguments(plan: _vllm_plan.Plan, swap: _vllm_plan.Swap, params: dict[str, Any]) -> list[str]:
     utilization = swap.utilization if swap.strategy == "side_by_side" else params["gpu_memory_utilization"]
-    arguments = ["--max-model-len", str(plan.context), "--gpu-memory-utilization", f"{utilization:g}", "--tensor-parallel-size", str(plan.tensor_parallel)]
+    return ["--max-model-len", str(plan.context), "--gpu-memory-utilization", f"{utilization:g}", "--tensor-parallel-size", str(plan.tensor_parallel)]
+
+
+def model_arguments(
+    plan: _vllm_plan.Plan, parsers: dict[str, str], family: dict[str, Any] | None, shape: _vllm_plan.Shape, params: dict[str, Any]
+) -> list[str]:
+    """Return what follows from the model and the kind of GPU, and not from what is free at the moment."""
+    arguments = []
     if params["kv_cache_dtype"] != "auto":
         arguments += ["--kv-cache-dtype", params["kv_cache_dtype"]]
     if 0 < plan.gpu.capability < _vllm_plan.BF16_CAPABILITY and shape.quantization == "bf16":
         arguments += ["--dtype", "half"]
     if parsers["tool_call"]:
         arguments += ["--enable-auto-tool-choice", "--tool-call-parser", parsers["tool_call"]]
+        # The parser reads what the family's template asks the model for.
+        if family and family["chat_template"] and family["tool_call_parser"] == parsers["tool_call"]:
+            arguments += ["--chat-template", family["chat_template"]]
     if parsers["reasoning"]:
         arguments += ["--reasoning-parser", parsers["reasoning"]]
     return arguments
@@ -388,19 +404,22 @@ def make_result(params: dict[str, Any]) -> dict[str, Any]:
     )
     disk, no_room = disk_of(params["disk_path"], files.missing_bytes)
     memory = plan.memory
+    for_model = model_arguments(plan, parsers, family, shape, params)
+    blocked = f"{swap.reason}" if plan.fits and swap.strategy == "none" else ""
     environment = {}
     for entry in catalogue.get("faster", []):
         if entry["quantization"] == shape.quantization and float(entry["compute_capability"]) == plan.gpu.capability:
             environment.update(entry["environment"])
     gpus = "1 GPU" if plan.tensor_parallel == 1 else f"each of {plan.tensor_parallel} GPUs"
     return {
-        "fits": plan.fits and not no_room,
-        "reason": plan.reason or no_room,
-        "advice": plan.advice or ("Free that much, or set another disk_path." if no_room else ""),
+        "fits": plan.fits and not no_room and not blocked,
+        "reason": plan.reason or no_room or blocked,
+        "advice": plan.advice or ("Free that much, or set another disk_path." if no_room else "Stop them, or ask for a smaller share." if blocked else ""),
         "warnings_found": warnings_of(plan, swap, shape, family, files.weight_bytes is not None),
         "summary": f"{params['model']}: {memory.weights / GIB:.1f} GiB of weights on {gpus}, {memory.kv_cache / GIB:.1f} GiB of KV cache"
         f" for {memory.kv_tokens:,} tokens, {memory.contexts:.1f} contexts of {plan.context:,}",
-        "arguments": arguments_of(plan, swap, parsers, shape, params) if plan.fits else [],
+        "arguments": size_arguments(plan, swap, params) + for_model if plan.fits else [],
+        "model_arguments": for_model,
         "environment": environment,
         "max_model_len": plan.context,
         "longest_context": memory.longest_context,

@@ -20,9 +20,9 @@ options:
   state:
     description:
       - V(present) has O(definition) serve. V(rolled_back) has the model serve that served before. V(pruned) removes the model that waits for a rollback.
-        V(status) only tells what is there.
+        V(prepared) writes O(servers), and V(status) only tells what is there.
     type: str
-    choices: [present, rolled_back, pruned, status]
+    choices: [present, rolled_back, pruned, prepared, status]
     default: present
   root:
     description: Directory of the Compose projects.
@@ -39,6 +39,12 @@ options:
   definition:
     description: Compose service of the server, with C(image) and C(command). Another definition is another model. Needed for O(state=present).
     type: dict
+  servers:
+    description:
+      - The part of the gateway's configuration that names its servers. Needed for O(state=prepared), which keeps in it what serves, and fails if another
+        run is under way.
+    type: str
+    default: ""
   served_name:
     description: Name under which the model is served.
     type: str
@@ -72,6 +78,14 @@ options:
     description: How long to wait for running requests where both models cannot run at once. When it is over, the swap is called off.
     type: int
     default: 120
+  hold_seconds:
+    description: How long the gateway holds requests. A new model that would take longer is given up in time for the old one to answer them.
+    type: int
+    default: 300
+  gpu:
+    description: Whether the servers need a GPU, which is then looked for before requests are held.
+    type: bool
+    default: false
   timeout:
     description: Time for each request of the judgement, in seconds.
     type: int
@@ -139,7 +153,8 @@ active:
   type: str
   sample: blue
 slots:
-  description: What is in each slot - C(model), C(condition), C(digest), C(utilization), C(weights_mib), C(sleep_mode), C(slept_before), C(since).
+  description:
+    - What is in each slot - C(model), C(condition), C(digest), C(utilization), C(weights_mib), C(sleep_mode), C(slept_before), C(load_seconds), C(since).
   returned: success
   type: dict
   sample: {blue: {model: Qwen/Qwen3-8B, condition: serving}}
@@ -181,6 +196,7 @@ progress:
   sample: {phase: load, seconds: 12.3, held: 3, failed: 0}
 """
 
+import contextlib  # noqa: E402
 import json  # noqa: E402
 import re  # noqa: E402
 import time  # noqa: E402
@@ -219,25 +235,28 @@ class Progress:
             return
         self._written = now
         current = {"phase": phase, "seconds": round(now - self._started, 1), "held": traffic.held, "failed": self.failed}
-        _vllm_host.write(self.path, json.dumps({"current": current, "phases": self.phases}) + "\n")
+        # A full disk is no reason to stop half way.
+        with contextlib.suppress(OSError):
+            _vllm_host.write(self.path, json.dumps({"current": current, "phases": self.phases}) + "\n")
 
     def end(self) -> None:
         if self.phases:
             self.phases[-1]["seconds"] = round(time.monotonic() - self._started, 1)
 
 
-def status(paths: _vllm_host.Paths) -> dict[str, Any]:
+def status(paths: _vllm_host.Paths, host: _vllm_host.DockerHost) -> dict[str, Any]:
     """Return what is written down. Raises SwapError."""
     state = _vllm_host.read_state(paths)
     try:
         progress = json.loads(paths.progress.read_text())
     except (FileNotFoundError, ValueError):
         progress = {}
-    return {**described(state), "progress": progress}
+    return {**described(state, host), "progress": progress}
 
 
-def described(state: State) -> dict[str, Any]:
-    return {"active": state.active, "strategy": state.strategy, "slots": {name: asdict(slot) for name, slot in state.slots.items()}}
+def described(state: State, host: _vllm_host.DockerHost) -> dict[str, Any]:
+    slots = {name: asdict(slot) | {"slept_before": bool(slot.slept) and slot.slept == host.born(name)} for name, slot in state.slots.items()}
+    return {"active": state.active, "strategy": state.strategy, "slots": slots}
 
 
 def wish_of(params: dict[str, Any]) -> _vllm_swap.Wish:
@@ -275,22 +294,25 @@ def is_pending(host: _vllm_swap.Host, state: State, params: dict[str, Any]) -> b
 
 def act(paths: _vllm_host.Paths, params: dict[str, Any], *, check_mode: bool) -> dict[str, Any]:
     """Return the module's result. Raises SwapError."""
-    if params["state"] == "status":
-        return {"changed": False, **status(paths)}
     judging = {key: params[key] for key in ("timeout", "tool_call", "tool_prompt", "golden_prompts")}
-    host = _vllm_host.DockerHost(paths, params["served_name"], judging)
+    host = _vllm_host.DockerHost(paths, params["served_name"], judging, gpu=params["gpu"])
+    if params["state"] == "status":
+        return {"changed": False, **status(paths, host)}
+    if params["state"] == "prepared":
+        return prepare(paths, params["servers"], check_mode=check_mode)
     if check_mode:
         state = _vllm_host.read_state(paths)
         pending = is_pending(host, state, params)
-        return {"changed": pending, "pending": pending, **described(state)}
+        return {"changed": pending, "pending": pending, **described(state, host)}
     with _vllm_host.locked(paths, f"{params['state']} {params['model']}".strip()):
         state = _vllm_host.read_state(paths)
         if params["at_once"] and is_pending(host, state, params):
             paths.progress.unlink(missing_ok=True)
-            return {"changed": True, "pending": True, **described(state)}
+            return {"changed": True, "pending": True, **described(state, host)}
         paths.progress.unlink(missing_ok=True)
         progress = Progress(paths)
-        swap = _vllm_swap.Swap(host, state, _vllm_swap.Limits(params["start_seconds"], params["drain_seconds"]), progress.tell)
+        limits = _vllm_swap.Limits(params["start_seconds"], params["drain_seconds"], params["hold_seconds"])
+        swap = _vllm_swap.Swap(host, state, limits, progress.tell)
         try:
             if params["state"] == "present":
                 swap.present(wish_of(params))
@@ -301,17 +323,27 @@ def act(paths: _vllm_host.Paths, params: dict[str, Any], *, check_mode: bool) ->
         finally:
             progress.end()
         done = {"held": swap.held, "held_seconds": round(swap.held_seconds, 2), "failed_requests": progress.failed, "phases": progress.phases}
-        return {"changed": swap.changed, "pending": False, **described(state), **(done if swap.changed else {})}
+        return {"changed": swap.changed, "pending": False, **described(state, host), **(done if swap.changed else {})}
+
+
+def prepare(paths: _vllm_host.Paths, servers: str, *, check_mode: bool) -> dict[str, Any]:
+    """Write the gateway's servers such that what served before does so still. Raises SwapError."""
+    gateway = _vllm_host.Gateway(paths)
+    if check_mode:
+        return {"changed": gateway.keep(gateway.kept(), servers, dry=True)}
+    with _vllm_host.locked(paths, "prepared"):
+        return {"changed": gateway.keep(gateway.kept(), servers)}
 
 
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
-            "state": {"type": "str", "choices": ["present", "rolled_back", "pruned", "status"], "default": "present"},
+            "state": {"type": "str", "choices": ["present", "rolled_back", "pruned", "prepared", "status"], "default": "present"},
             "root": {"type": "path", "default": "/opt/agent-stack"},
             "data": {"type": "path", "default": "/var/lib/agent-stack"},
             "model": {"type": "str", "default": ""},
             "definition": {"type": "dict"},
+            "servers": {"type": "str", "default": ""},
             "served_name": {"type": "str", "default": "agent-model"},
             "strategy": {"type": "str", "choices": ["start", *_vllm_swap.STRATEGIES], "default": "side_by_side"},
             "gpu_memory_utilization": {"type": "float", "default": 0},
@@ -320,6 +352,8 @@ def main() -> None:
             "sleep_mode": {"type": "bool", "default": False},
             "start_seconds": {"type": "int", "default": 900},
             "drain_seconds": {"type": "int", "default": 120},
+            "hold_seconds": {"type": "int", "default": 300},
+            "gpu": {"type": "bool", "default": False},
             "timeout": {"type": "int", "default": 60},
             "tool_call": {"type": "bool", "default": False},
             "tool_prompt": {"type": "str", "default": ""},

@@ -37,6 +37,8 @@ BROKEN = [
     ("ModelStuck", "expr", "[1h]", "[2h]"),
     ("ModelStuckForGood", "expr", "> 0", "> 100"),
     ("ModelStuckForGood", "expr", "[10m]", "[30m]"),
+    ("ModelSwapCutOff", "expr", "[1h]", "[1m]"),
+    ("ModelSwapCutOff", "expr", "[1h]", "[2h]"),
     ("PostgresDown", "expr", "pg_up", "redis_up"),
     ("PostgresDown", "expr", "== 0", "<= 1"),
     ("PostgresDown", "for", "1m", "15s"),

@@ -12,32 +12,32 @@ import subprocess
 import time
 
 import pytest
-import swap_host
-from swap_host import load, on_host, play, serving, state, swap
+from swap_host import GATEWAY, ROOT, SwapHost
 
+HOST = SwapHost("agent-stack-swap", ROOT / "molecule" / "swap" / "inventory" / "hosts.yml", "tests/swap/model.yml")
 RATE = 30
 ONE_GPU = ["sleep", "hold_and_recreate"]
 
 
 def check_serves(model: str) -> None:
     """The gateway, systemd, Docker and the record say the same."""
-    assert serving() == model
-    record = state()
+    assert HOST.serving() == model
+    record = HOST.state()
     active = record["active"]
     assert record["target"] == ""
     assert record["slots"][active]["model"] == f"/srv/models/{model}"
     for slot in ("blue", "green"):
         unit = f"agent-stack@vllm-{slot}.service"
-        assert (on_host("systemctl", "is-enabled", unit, check=False) == "enabled") == (slot == active)
-        policy = on_host("docker", "inspect", "--format", "{{.HostConfig.RestartPolicy.Name}}", f"agent-stack-vllm-{slot}-server-1", check=False)
+        assert (HOST.on_host("systemctl", "is-enabled", unit, check=False) == "enabled") == (slot == active)
+        policy = HOST.on_host("docker", "inspect", "--format", "{{.HostConfig.RestartPolicy.Name}}", f"agent-stack-vllm-{slot}-server-1", check=False)
         assert policy in (("unless-stopped",) if slot == active else ("no", ""))
-    kept = on_host("cat", "/opt/agent-stack/vllm/servers/servers.cfg")
+    kept = HOST.on_host("cat", "/opt/agent-stack/vllm/servers/servers.cfg")
     assert re.findall(r"^ +server (\w+) .*(?<! disabled)$", kept, re.M) == [active, active]
 
 
 def settled(model: str) -> None:
     """Have this model serve, whatever was before."""
-    done = swap(model)
+    done = HOST.swap(model)
     assert done.returncode == 0, done.output
     check_serves(model)
 
@@ -46,12 +46,12 @@ def settled(model: str) -> None:
 def _as_converged() -> None:
     """What an earlier run of these drills left."""
     settled("first")
-    assert play(playbook="playbooks/prune.yml").returncode == 0
+    assert HOST.play(playbook="playbooks/prune.yml").returncode == 0
 
 
 def test_swap_by_tag_under_load() -> None:
-    with load(RATE) as traffic:
-        done = play("--tags", "vllm", *swap_host.wish("second"), playbook="molecule/swap/converge.yml")
+    with HOST.load(RATE) as traffic:
+        done = HOST.play("--tags", "vllm", *HOST.wish("second"), playbook="molecule/swap/converge.yml")
     assert done.returncode == 0, done.output
     assert traffic.problems == []
     assert traffic.models == {"first", "second"}
@@ -63,22 +63,22 @@ def test_swap_by_tag_under_load() -> None:
 
 def test_the_same_again_changes_nothing() -> None:
     started = "{{.State.StartedAt}}"
-    before = on_host("docker", "inspect", "--format", started, "agent-stack-vllm-green-server-1", swap_host.GATEWAY)
-    done = play("--tags", "vllm", *swap_host.wish("second"), playbook="molecule/swap/converge.yml")
+    before = HOST.on_host("docker", "inspect", "--format", started, "agent-stack-vllm-green-server-1", GATEWAY)
+    done = HOST.play("--tags", "vllm", *HOST.wish("second"), playbook="molecule/swap/converge.yml")
     assert done.returncode == 0, done.output
     assert done.changed == 0, done.output
-    assert on_host("docker", "inspect", "--format", started, "agent-stack-vllm-green-server-1", swap_host.GATEWAY) == before
+    assert HOST.on_host("docker", "inspect", "--format", started, "agent-stack-vllm-green-server-1", GATEWAY) == before
 
 
 def test_check_mode_says_that_it_would_change() -> None:
-    done = swap("third", "side_by_side", "--check")
+    done = HOST.swap("third", "side_by_side", "--check")
     assert (done.returncode, done.changed) == (0, 1), done.output
     check_serves("second")
 
 
 def test_rollback() -> None:
-    with load(RATE) as traffic:
-        done = play(playbook="playbooks/rollback.yml")
+    with HOST.load(RATE) as traffic:
+        done = HOST.play(playbook="playbooks/rollback.yml")
     assert done.returncode == 0, done.output
     assert traffic.problems == []
     check_serves("first")
@@ -88,12 +88,12 @@ def test_rollback() -> None:
 def test_one_gpu(strategy: str) -> None:
     """The two never run at once: requests wait for as long as one sleeps or stops and the other loads."""
     settled("first")
-    assert play(playbook="playbooks/prune.yml").returncode == 0
+    assert HOST.play(playbook="playbooks/prune.yml").returncode == 0
     sleep, loading = 1, 4
-    with load(RATE) as traffic:
-        done = swap(f"{strategy}-slow-{loading}-nap-{sleep}", strategy)
+    with HOST.load(RATE) as traffic:
+        done = HOST.swap(f"{strategy}-slow-{loading}-nap-{sleep}", strategy)
         assert done.returncode == 0, done.output
-        again = swap("first", strategy)
+        again = HOST.swap("first", strategy)
         assert again.returncode == 0, again.output
     assert traffic.problems == []
     assert done.outcome["failed"] == 0
@@ -107,9 +107,9 @@ def test_one_gpu(strategy: str) -> None:
 @pytest.mark.parametrize("strategy", ONE_GPU)
 def test_rollback_on_one_gpu(strategy: str) -> None:
     settled("first")
-    assert swap(f"new-{strategy}-nap-30", strategy).returncode == 0
-    with load(RATE) as traffic:
-        done = play(playbook="playbooks/rollback.yml")
+    assert HOST.swap(f"new-{strategy}-nap-30", strategy).returncode == 0
+    with HOST.load(RATE) as traffic:
+        done = HOST.play(playbook="playbooks/rollback.yml")
     assert done.returncode == 0, done.output
     assert traffic.problems == []
     slowest = traffic.percentile(1)
@@ -130,8 +130,8 @@ def test_rollback_on_one_gpu(strategy: str) -> None:
 )
 def test_a_bad_model_never_serves(model: str, strategy: str, reason: str) -> None:
     settled("first")
-    with load(RATE) as traffic:
-        done = swap(model, strategy, "-e", "vllm_start_timeout_seconds=30")
+    with HOST.load(RATE) as traffic:
+        done = HOST.swap(model, strategy, "-e", "vllm_start_timeout_seconds=30")
     assert done.returncode == 2
     assert re.search(reason, " ".join(done.output.split())), done.output
     assert traffic.problems == []
@@ -140,7 +140,7 @@ def test_a_bad_model_never_serves(model: str, strategy: str, reason: str) -> Non
 
 
 def test_a_golden_prompt_decides() -> None:
-    done = swap("eloquent", "side_by_side", "-e", '{"vllm_golden_prompts": [{"prompt": "6 x 7?", "expect": "42"}]}')
+    done = HOST.swap("eloquent", "side_by_side", "-e", '{"vllm_golden_prompts": [{"prompt": "6 x 7?", "expect": "42"}]}')
     assert done.returncode == 2
     assert "the answer to '6 x 7?' was 'I see 1 user message." in " ".join(done.output.split())
     check_serves("first")
@@ -148,9 +148,9 @@ def test_a_golden_prompt_decides() -> None:
 
 def test_two_at_once() -> None:
     settled("first")
-    one = swap_host.start_play(*swap_host.wish("one-slow-8"))
+    one = HOST.start_play(*HOST.wish("one-slow-8"))
     wait_for_phase("load", one)
-    other = swap("another")
+    other = HOST.swap("another")
     assert other.returncode == 2
     assert re.search(r"another run is under way on this host, and this one did nothing: present /srv/models/one-slow-8, process \d+, since", other.output)
     output, _ = one.communicate(timeout=120)
@@ -160,7 +160,7 @@ def test_two_at_once() -> None:
 
 def wait_for_phase(phase: str, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 60
-    while swap_host.phase() != phase:
+    while HOST.phase() != phase:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, f"never seen: {phase}"
         time.sleep(0.05)
@@ -173,22 +173,22 @@ def test_killed_and_repeated(phase: str, what: str) -> None:
     settled("old-nap-2")
     golden = '{"vllm_golden_prompts": [{"prompt": "[[delay 2]] hello", "expect": "I see"}]}'
     model = f"{phase}-{what.replace(' ', '')}-slow-3"
-    wishes = [*swap_host.wish(model, "sleep"), "-e", golden]
-    with load(RATE) as traffic:
-        process = swap_host.start_play(*wishes)
+    wishes = [*HOST.wish(model, "sleep"), "-e", golden]
+    with HOST.load(RATE) as traffic:
+        process = HOST.start_play(*wishes)
         wait_for_phase(phase, process)
-        worker = swap_host.process_of_the_run()
+        worker = HOST.process_of_the_run()
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         if what == "all of it":
-            on_host("kill", "-9", str(worker))
+            HOST.on_host("kill", "-9", str(worker))
         else:
             deadline = time.monotonic() + 60
-            while swap_host.phase():
+            while HOST.phase():
                 assert time.monotonic() < deadline
                 time.sleep(0.2)
             check_serves(model)
-        done = play(*wishes)
+        done = HOST.play(*wishes)
         assert done.returncode == 0, done.output
         assert done.changed == (1 if what == "all of it" else 0)
     assert traffic.problems == []
@@ -198,18 +198,18 @@ def test_killed_and_repeated(phase: str, what: str) -> None:
 
 def test_the_gateway_restarts_and_goes_on() -> None:
     settled("first")
-    on_host("docker", "restart", swap_host.GATEWAY)
+    HOST.on_host("docker", "restart", GATEWAY)
     check_serves("first")
 
 
 def test_prune() -> None:
     settled("second")
-    assert len(state()["slots"]) == 2
-    done = play(playbook="playbooks/prune.yml")
+    assert len(HOST.state()["slots"]) == 2
+    done = HOST.play(playbook="playbooks/prune.yml")
     assert done.returncode == 0, done.output
-    assert len(on_host("docker", "ps", "--all", "--quiet", "--filter", "name=agent-stack-vllm-.*-server").split()) == 1
-    assert play(playbook="playbooks/prune.yml").changed == 0
-    nothing = play(playbook="playbooks/rollback.yml")
+    assert len(HOST.on_host("docker", "ps", "--all", "--quiet", "--filter", "name=agent-stack-vllm-.*-server").split()) == 1
+    assert HOST.play(playbook="playbooks/prune.yml").changed == 0
+    nothing = HOST.play(playbook="playbooks/rollback.yml")
     assert nothing.returncode == 2
     assert "there is nothing to roll back to: only one model is there" in nothing.output
     check_serves("second")
@@ -218,17 +218,17 @@ def test_prune() -> None:
 def test_the_watchdog_restarts_what_is_stuck_and_nothing_else() -> None:
     """With the scenario's five seconds instead of minutes. The scripted engine counts its steps when an answer is complete."""
     settled("first")
-    address = on_host("docker", "inspect", "--format", '{{(index .NetworkSettings.Networks "agent-stack-model").IPAddress}}', container())
-    started = on_host("docker", "inspect", "--format", "{{.State.StartedAt}}", container())
+    address = HOST.on_host("docker", "inspect", "--format", '{{(index .NetworkSettings.Networks "agent-stack-model").IPAddress}}', container())
+    started = HOST.on_host("docker", "inspect", "--format", "{{.State.StartedAt}}", container())
     hang = f"""curl --silent --max-time 120 --json '{{"model": "agent-model", "messages": [{{"role": "user", "content": "[[fault hang]]"}}]}}' http://{address}:8000/v1/chat/completions"""
-    with load(RATE):
-        process = subprocess.Popen(["docker", "exec", swap_host.NAME, "sh", "-c", hang], stdout=subprocess.DEVNULL)
+    with HOST.load(RATE):
+        process = subprocess.Popen(["docker", "exec", HOST.name, "sh", "-c", hang], stdout=subprocess.DEVNULL)
         look_for(12)
-        assert on_host("docker", "inspect", "--format", "{{.State.StartedAt}}", container()) == started, "a busy engine was restarted"
+        assert HOST.on_host("docker", "inspect", "--format", "{{.State.StartedAt}}", container()) == started, "a busy engine was restarted"
     assert restarts() == 0
     look_for(12)
     assert process.wait(timeout=30) != 0
-    assert on_host("docker", "inspect", "--format", "{{.State.StartedAt}}", container()) != started, "a stuck engine was not restarted"
+    assert HOST.on_host("docker", "inspect", "--format", "{{.State.StartedAt}}", container()) != started, "a stuck engine was not restarted"
     assert restarts() == 1
     check_serves("first")
     look_for(7)
@@ -239,14 +239,14 @@ def look_for(seconds: float) -> None:
     """Have the watchdog look every other second."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        on_host("systemctl", "start", "agent-stack-vllm-watchdog.service")
+        HOST.on_host("systemctl", "start", "agent-stack-vllm-watchdog.service")
         time.sleep(2)
 
 
 def container() -> str:
-    return f"agent-stack-vllm-{state()['active']}-server-1"
+    return f"agent-stack-vllm-{HOST.state()['active']}-server-1"
 
 
 def restarts() -> int:
-    text = on_host("cat", "/var/lib/agent-stack/textfile/vllm_watchdog.prom")
+    text = HOST.on_host("cat", "/var/lib/agent-stack/textfile/vllm_watchdog.prom")
     return int(re.findall(r'restarts_total{reason="stalled"} (\d+)', text)[0])

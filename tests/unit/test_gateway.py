@@ -49,27 +49,32 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+ALONE = {"__vllm_serves": True, "__vllm_is_peer": False, "__vllm_peers": []}
+
+
 def render(name: str, **values: Any) -> str:
     environment = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)  # noqa: S701  no HTML
     environment.filters["comment"] = lambda text: f"# {text}"
-    return environment.from_string((TEMPLATES / name).read_text()).render(ansible_managed="managed", **values)
+    return environment.from_string((TEMPLATES / name).read_text()).render(ansible_managed="managed", **(ALONE | values))
 
 
 class Stack:
     """HAProxy with the role's configuration, on loopback, and two slots of which any may run or not."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, **topology: Any) -> None:
         self.paths = _vllm_host.Paths(directory, directory / "data")
         self.ports = {slot: free_port() for slot in ("blue", "green")}
         self.port, metrics, own = free_port(), free_port(), free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         for path in (self.paths.servers, self.paths.socket):
             path.parent.mkdir(parents=True)
-        config = render("haproxy.cfg.j2", vllm_served_name="agent-model", vllm_hold_seconds=20)
+        self.front_port, self.metrics_port = free_port(), metrics
+        config = render("haproxy.cfg.j2", vllm_served_name="agent-model", vllm_hold_seconds=20, **topology)
+        config = config.replace("bind :8443", f"bind 127.0.0.1:{self.front_port}").replace("/etc/agent-stack/peers", str(directory / "peers"))
         config = config.replace("gateway.inference.internal:8000", f"127.0.0.1:{self.port}").replace("/run/agent-stack/haproxy.sock", str(self.paths.socket))
         config = config.replace("bind :8001", f"bind 127.0.0.1:{metrics}").replace("bind :8405", f"bind 127.0.0.1:{own}")
         (directory / "haproxy.cfg").write_text(config)
-        servers = render("servers.cfg.j2", __vllm_active="")
+        servers = render("servers.cfg.j2", **topology).replace("/etc/agent-stack/peers", str(directory / "peers"))
         # Names are Docker's affair; here the slots are ports.
         servers = re.sub(
             r"(blue|green)\.model\.internal:8000 resolvers docker resolve-prefer ipv4 init-addr \S+", lambda match: f"127.0.0.1:{self.ports[match[1]]}", servers
@@ -89,8 +94,8 @@ class Stack:
             self.process.kill()
             self.process.wait()
 
-    def model(self, slot: str) -> None:
-        server = model_server.ModelServer(("127.0.0.1", self.ports[slot]), ["agent-model"], model=slot)
+    def model(self, slot: str, name: str = "") -> None:
+        server = model_server.ModelServer(("127.0.0.1", self.ports[slot]), ["agent-model"], model=name or slot)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         self.models[slot] = server
 
@@ -213,9 +218,19 @@ def test_a_restarted_gateway_goes_on_with_what_was_kept(stack: Stack) -> None:
 
 def test_what_is_kept_is_what_the_role_writes(stack: Stack) -> None:
     for slot in ("blue", "green"):
-        stack.paths.servers.write_text(render("servers.cfg.j2", __vllm_active=""))
         stack.gateway.keep(slot)
-        assert stack.paths.servers.read_text() == render("servers.cfg.j2", __vllm_active=slot)
+        assert stack.gateway.kept() == slot
+        # Another configuration keeps what serves, and the same one is no change.
+        text = f"# {slot}\n" + render("servers.cfg.j2")
+        assert stack.gateway.keep(slot, text)
+        assert stack.gateway.kept() == slot
+        assert stack.paths.servers.read_text().startswith(f"# {slot}\n")
+        assert not stack.gateway.keep(slot, text)
+        assert not stack.gateway.keep(slot)
+    assert stack.gateway.keep("hold", dry=True)
+    assert stack.gateway.kept() == "green"
+    stack.gateway.keep("hold")
+    assert stack.gateway.kept() == "hold"
 
 
 def test_a_server_that_is_down_makes_requests_wait(stack: Stack) -> None:

@@ -155,12 +155,19 @@ def test_the_action_brings_the_catalogue(tmp_path: Path) -> None:
     assert "the pinned vLLM has no tool call parser hermit, for example hermes." in output
 
 
-@pytest.mark.parametrize(("context", "status", "said"), [(16384, 0, "contexts of 16,384"), (131072, 2, "m does not fit: ")])
-def test_the_playbook(tmp_path: Path, context: int, status: int, said: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "context", "status", "said"),
+    [
+        ("llama-3.1-8b", 16384, 0, "--tool-call-parser llama3_json --chat-template /vllm-workspace/examples/tool_chat_template_llama3.1_json.jinja"),
+        ("llama-3.1-8b", 131072, 2, "llama-3.1-8b does not fit: "),
+        ("something", 16384, 2, 'vllm_tool_call_parser is "auto", and the catalogue knows no parser for '),
+    ],
+)
+def test_the_playbook(tmp_path: Path, name: str, context: int, status: int, said: str) -> None:
     program = shutil.which("ansible-playbook", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     assert program
     settings = {
-        "vllm_model": model(tmp_path / "m", "llama-3.1-8b"),
+        "vllm_model": model(tmp_path / name, "llama-3.1-8b"),
         "vllm_plan_gpus": [RTX4090],
         "vllm_max_model_len": context,
         "ansible_python_interpreter": sys.executable,

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.selfhosted.agent_stack.plugins.module_utils import _vllm_api
 from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_api import Progress
 
 PROGRAM = Path(__file__).resolve().parents[2] / "roles" / "vllm" / "files" / "watchdog.py"
@@ -21,8 +20,6 @@ def load() -> Any:
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     with pytest.MonkeyPatch.context() as patch:
-        # On the host it lies beside the watchdog, under this name.
-        patch.setitem(sys.modules, "vllm_api", _vllm_api)
         patch.setitem(sys.modules, "watchdog", module)
         patch.setattr("sys.dont_write_bytecode", True)
         specification.loader.exec_module(module)
@@ -76,7 +73,7 @@ def test_a_lost_gpu_is_reason_enough() -> None:
     assert watchdog.judge(watchdog.Memory(), watchdog.Look("a", IDLE, gpu_lost=True), 0, STALL) == "gpu_lost"
 
 
-CONFIG = {"root": "/nowhere", "stall_seconds": STALL, "restarts_per_hour": 3, "gpu": False}
+CONFIG = {"stall_seconds": STALL, "restarts_per_hour": 3}
 
 
 def test_the_budget() -> None:
@@ -90,7 +87,7 @@ def test_the_budget() -> None:
             restarted.append(at)
             return True
 
-        failed += watchdog.act(CONFIG, memory, "blue", now, lambda slot, gpu: watchdog.Look("a", STUCK), restart)
+        failed += watchdog.act(CONFIG, memory, watchdog.Look("a", STUCK), "blue", now, restart)
     per_hour = [sum(hour * 3600 <= at < (hour + 1) * 3600 for at in restarted) for hour in range(3)]
     assert max(per_hour) == 3
     assert all(later - earlier >= 3600 for earlier, later in zip(restarted, restarted[3:], strict=False))
@@ -100,7 +97,7 @@ def test_the_budget() -> None:
 
 def test_a_container_that_does_not_run_is_dockers_affair() -> None:
     memory = watchdog.Memory()
-    assert watchdog.act(CONFIG, memory, "blue", 0, lambda slot, gpu: None, lambda *_: pytest.fail("restarted")) == 0
+    assert watchdog.act(CONFIG, memory, None, "blue", 0, lambda *_: pytest.fail("restarted")) == 0
 
 
 def test_the_metrics() -> None:
@@ -109,4 +106,5 @@ def test_the_metrics() -> None:
     text = watchdog.metrics(memory)
     assert 'agent_stack_vllm_watchdog_restarts_total{reason="stalled"} 4\n' in text
     assert 'agent_stack_vllm_watchdog_restarts_total{reason="gpu_lost"} 0\n' in text
-    assert text.endswith("agent_stack_vllm_watchdog_given_up_total 2\n")
+    assert "agent_stack_vllm_watchdog_given_up_total 2\n" in text
+    assert text.endswith("agent_stack_vllm_watchdog_recovered_total 0\n")

@@ -3,6 +3,8 @@
 
     watchdog.py CONFIG.json
 
+A swap whose process died, or that a reboot cut off, is ended first: requests may be held for it.
+
 Stuck means: for `stall_seconds` requests ran in the engine, at every look, and not a single step was made; or nothing answered that had answered before.
 Lost means: the driver answers on the host, and not in the container, as it happens to containers after a reload of systemd's units.
 While the model is being swapped nothing is done. More than `restarts_per_hour` restarts are not done either, because they did not help; the
@@ -15,15 +17,16 @@ import os
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vllm_api import ApiError, Progress, progress
+# The collection's own code, which lies beside this program on the host.
+from ansible_collections.selfhosted.agent_stack.plugins.module_utils import _vllm_host
+from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_api import ApiError, Progress, progress
+from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_swap import Limits, State, Swap, SwapError
 
-NETWORK = "agent-stack-model"
 HOUR = 3600
 REASONS = ("stalled", "unreachable", "gpu_lost")
 
@@ -40,6 +43,7 @@ class Memory:
     restarts: list[float] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
     given_up: int = 0
+    recovered: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,9 @@ def metrics(memory: Memory) -> str:
         "# HELP agent_stack_vllm_watchdog_given_up_total Looks at a stuck model server that was not restarted, because that had not helped.",
         "# TYPE agent_stack_vllm_watchdog_given_up_total counter",
         f"agent_stack_vllm_watchdog_given_up_total {memory.given_up}",
+        "# HELP agent_stack_vllm_watchdog_recovered_total Swaps that were cut off and then ended by the watchdog.",
+        "# TYPE agent_stack_vllm_watchdog_recovered_total counter",
+        f"agent_stack_vllm_watchdog_recovered_total {memory.recovered}",
     ]
     return "\n".join(lines) + "\n"
 
@@ -98,27 +105,26 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=180, check=False, stdin=subprocess.DEVNULL)
 
 
-def inspect(container: str) -> dict[str, Any]:
-    result = run("docker", "container", "inspect", container)
-    return dict(json.loads(result.stdout)[0]) if result.returncode == 0 else {}
-
-
-def look_at(slot: str, *, gpu: bool) -> Look | None:
+def look_at(slot: str, host: _vllm_host.DockerHost) -> Look | None:
     """Return what there is to see, or None for a container that does not run: restarting that is Docker's affair."""
-    container = f"agent-stack-vllm-{slot}-server-1"
-    found = inspect(container)
-    if not found or not found["State"]["Running"]:
+    if host.status(slot) != "running":
         return None
-    address = found["NetworkSettings"]["Networks"].get(NETWORK, {}).get("IPAddress", "")
     seen = None
     try:
-        with urllib.request.urlopen(f"http://{address}:8000/metrics", timeout=10) as response:
-            seen = progress(response.read())
+        seen = progress(host.http(slot, "/metrics", timeout=10))
+        # An engine that hangs in its first step has told nobody yet that it has a request.
+        seen = replace(seen, running=max(seen.running, at_gateway(slot, host)))
     except (OSError, ApiError):
         pass
-    # The id alone stays the same when Docker starts a container again.
-    identity = f"{found['Id'][:12]} {found['State']['StartedAt']}"
-    return Look(identity, seen, gpu and gpu_lost(container))
+    return Look(host.born(slot), seen, host.gpu and gpu_lost(_vllm_host.container(slot)))
+
+
+def at_gateway(slot: str, host: _vllm_host.DockerHost) -> int:
+    """Return how many requests the gateway waits for. One that does not answer waits for none."""
+    try:
+        return int(host.gateway.statistics(patience=0).get(slot, {}).get("scur") or 0)
+    except SwapError:
+        return 0
 
 
 def gpu_lost(container: str) -> bool:
@@ -141,13 +147,12 @@ def restart(root: Path, slot: str, reason: str) -> bool:
 def act(
     config: Mapping[str, Any],
     memory: Memory,
+    seen: Look | None,
     slot: str,
     now: float,
-    look: Callable[..., Look | None] = look_at,
-    restart: Callable[[Path, str, str], bool] = restart,
+    restart: Callable[[str, str], bool],
 ) -> int:
-    """Look once, and restart if that is needed and allowed. Return the exit status."""
-    seen = look(slot, gpu=config["gpu"])
+    """Restart if that is needed and allowed. Return the exit status."""
     if seen is None:
         return 0
     reason = judge(memory, seen, now, config["stall_seconds"])
@@ -160,33 +165,59 @@ def act(
     print(f"The model server in {slot} is {reason}: restarting it.", flush=True)
     memory.restarts.append(now)
     memory.counts[reason] = memory.counts.get(reason, 0) + 1
-    return 0 if restart(Path(config["root"]), slot, reason) else 1
+    return 0 if restart(slot, reason) else 1
 
 
-def main() -> int:
-    config = json.loads(Path(sys.argv[1]).read_text())
-    data = Path(config["data"])
-    try:
-        slot = json.loads((data / "vllm" / "swap.json").read_text())["active"]
-    except FileNotFoundError:
-        slot = ""
-    kept = data / "vllm" / "watchdog.json"
+def recover(config: Mapping[str, Any], memory: Memory, host: _vllm_host.DockerHost, state: State) -> int:
+    print(f"A swap from {state.active or 'nothing'} to {state.target} was cut off: ending it.", flush=True)
+    memory.recovered += 1
+    Swap(host, state, Limits(**config["limits"]), lambda phase, traffic: print(phase, flush=True)).recover()
+    return 0
+
+
+def look_and_act(config: Mapping[str, Any], paths: _vllm_host.Paths) -> int:
+    """Raises SwapError, and whatever a container engine that does not answer leads to."""
+    kept = paths.data / "vllm" / "watchdog.json"
     try:
         memory = Memory(**json.loads(kept.read_text()))
     except (FileNotFoundError, ValueError, TypeError):
         memory = Memory()
+
+    def remember() -> None:
+        write(kept, json.dumps(vars(memory)))
+        write(paths.data / "textfile" / "vllm_watchdog.prom", metrics(memory))
+
+    def restart_and_remember(slot: str, reason: str) -> bool:
+        # A restart that does not come to an end counts as well.
+        remember()
+        return restart(paths.root, slot, reason)
+
+    host = _vllm_host.DockerHost(paths, gpu=config["gpu"])
+    try:
+        state = _vllm_host.read_state(paths)
+        if state.target:
+            return recover(config, memory, host, state)
+        return act(config, memory, look_at(state.active, host), state.active, time.time(), restart_and_remember) if state.active else 0
+    finally:
+        remember()
+
+
+def main() -> int:
+    config = json.loads(Path(sys.argv[1]).read_text())
+    paths = _vllm_host.Paths(Path(config["root"]), Path(config["data"]))
     # Held until the end, so that no swap begins while a server is being restarted.
-    with open(data / "vllm" / "swap.lock", "a") as lock:
+    with open(paths.lock, "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return 0
         # The name that a killed swap left would be taken for that of the one who holds it now.
         lock.truncate(0)
-        status = act(config, memory, slot, time.time()) if slot else 0
-    write(kept, json.dumps(vars(memory)))
-    write(data / "textfile" / "vllm_watchdog.prom", metrics(memory))
-    return status
+        try:
+            return look_and_act(config, paths)
+        except (SwapError, OSError, subprocess.TimeoutExpired) as error:
+            print(error, flush=True)
+            return 1
 
 
 if __name__ == "__main__":
