@@ -15,6 +15,7 @@ import pytest
 from swap_host import GATEWAY, ROOT, SwapHost
 
 HOST = SwapHost("agent-stack-swap", ROOT / "molecule" / "swap" / "inventory" / "hosts.yml", "tests/swap/model.yml")
+WATCHDOG = "agent-stack-vllm-watchdog.service"
 RATE = 30
 ONE_GPU = ["sleep", "hold_and_recreate"]
 
@@ -56,7 +57,7 @@ def test_swap_by_tag_under_load() -> None:
     assert traffic.problems == []
     assert traffic.models == {"first", "second"}
     assert done.outcome == {"held_seconds": 0, "held": 0, "failed": 0}
-    for phase in ("load", "judge", "flip"):
+    for phase in ("create", "start", "judge", "flip"):
         assert re.search(rf"^ +{phase} +[\d.]+ s +requests held: \d+, failed: 0$", done.output, re.M), done.output
     check_serves("second")
 
@@ -166,14 +167,20 @@ def wait_for_phase(phase: str, process: subprocess.Popen[str]) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("phase", ["sleep", "load", "judge"])
-@pytest.mark.parametrize("what", ["the play", "all of it"])
-def test_killed_and_repeated(phase: str, what: str) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "phase", "what"),
+    [
+        *(("sleep", phase, what) for phase in ("sleep", "load", "judge") for what in ("the play", "all of it")),
+        ("hold_and_recreate", "load", "all of it"),
+        ("side_by_side", "judge", "all of it"),
+    ],
+)
+def test_killed_and_repeated(strategy: str, phase: str, what: str) -> None:
     """kill -9 of the play leaves a swap that ends by itself; of the process on the host, one that the next run undoes and makes again."""
     settled("old-nap-2")
     golden = '{"vllm_golden_prompts": [{"prompt": "[[delay 2]] hello", "expect": "I see"}]}'
-    model = f"{phase}-{what.replace(' ', '')}-slow-3"
-    wishes = [*HOST.wish(model, "sleep"), "-e", golden]
+    model = f"{strategy}-{phase}-{what.replace(' ', '')}-slow-3"
+    wishes = [*HOST.wish(model, strategy), "-e", golden]
     with HOST.load(RATE) as traffic:
         process = HOST.start_play(*wishes)
         wait_for_phase(phase, process)
@@ -194,6 +201,61 @@ def test_killed_and_repeated(phase: str, what: str) -> None:
     assert traffic.problems == []
     assert traffic.models == {"old-nap-2", model}
     check_serves(model)
+
+
+@pytest.mark.parametrize("strategy", ["sleep", "hold_and_recreate"])
+def test_nobody_repeats_a_swap_that_was_cut_off(strategy: str) -> None:
+    """Requests are held when its process dies, and the watchdog has the old model answer them."""
+    settled("old-nap-1")
+    before = recoveries()
+    with HOST.load(RATE) as traffic:
+        process = HOST.start_play(*HOST.wish(f"cut-off-{strategy}-slow-20", strategy))
+        wait_for_phase("load", process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        HOST.on_host("kill", "-9", str(HOST.process_of_the_run()))
+        HOST.on_host("systemctl", "start", WATCHDOG)
+    assert traffic.problems == []
+    assert traffic.models == {"old-nap-1"}
+    check_serves("old-nap-1")
+    # The timer may have been earlier than this drill.
+    assert recoveries() == before + 1
+
+
+def recoveries() -> int:
+    text = HOST.on_host("cat", "/var/lib/agent-stack/textfile/vllm_watchdog.prom", check=False)
+    return int((re.findall(r"recovered_total (\d+)", text) or ["0"])[0])
+
+
+def test_a_restarted_target_starts_only_what_serves() -> None:
+    settled("first")
+    assert HOST.swap("second", "hold_and_recreate").returncode == 0
+    HOST.on_host("systemctl", "restart", "agent-stack.target")
+    deadline = time.monotonic() + 60
+    while HOST.on_host("systemctl", "is-active", f"agent-stack@vllm-{HOST.state()['active']}", check=False) != "active":
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    running = HOST.on_host("docker", "ps", "--format", "{{.Names}}", "--filter", "name=agent-stack-vllm-.*-server").split()
+    assert running == [container()]
+    check_serves("second")
+    assert HOST.play(playbook="playbooks/rollback.yml").returncode == 0
+    check_serves("first")
+
+
+def test_the_host_restarts_during_a_swap() -> None:
+    settled("first")
+    process = HOST.start_play(*HOST.wish("never-slow-60", "hold_and_recreate"))
+    wait_for_phase("load", process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    subprocess.run(["docker", "restart", "--timeout", "20", HOST.name], check=True, capture_output=True)
+    deadline = time.monotonic() + 90
+    while "watchdog" not in HOST.on_host("systemctl", "list-timers", "--no-legend", check=False) or HOST.on_host("docker", "ps", "--quiet", check=False) == "":
+        assert time.monotonic() < deadline
+        time.sleep(1)
+    # The timer would do it a minute after the boot.
+    HOST.on_host("systemctl", "start", WATCHDOG)
+    check_serves("first")
 
 
 def test_the_gateway_restarts_and_goes_on() -> None:
@@ -239,7 +301,7 @@ def look_for(seconds: float) -> None:
     """Have the watchdog look every other second."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        HOST.on_host("systemctl", "start", "agent-stack-vllm-watchdog.service")
+        HOST.on_host("systemctl", "start", WATCHDOG)
         time.sleep(2)
 
 

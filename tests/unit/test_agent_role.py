@@ -77,7 +77,7 @@ REFUSED: list[tuple[dict[str, object], str]] = [
     ({"agent_tool_files": ["/nowhere/tool.py"]}, 'agent_tool_files has "/nowhere/tool.py"; allowed is a file on the controller'),
     ({"agent_tool_files": ["/etc/hostname"]}, 'agent_tool_files has "hostname"; allowed is a file whose name'),
     ({"agent_max_tokens": 8000}, "agent_max_tokens is 8000; allowed is at most 7936"),
-    ({"agent_turn_timeout_seconds": 120}, "agent_turn_timeout_seconds is 120; allowed is less than nginx_certbot_read_timeout_seconds, which is 120"),
+    ({"agent_turn_timeout_seconds": 340}, "agent_turn_timeout_seconds is 340; allowed is less than nginx_certbot_read_timeout_seconds, which is 340"),
     ({"agent_retention_schedule": "at dawn"}, 'agent_retention_schedule is "at dawn"; allowed is a systemd calendar event'),
     ({"agent_retention_schedule": "daily; rm"}, 'agent_retention_schedule is "daily; rm"; allowed is a systemd calendar event'),
 ]
@@ -165,3 +165,12 @@ def test_what_is_refused(played: tuple[str, Path], number: int, words: str) -> N
     output, directory = played
     assert words in output, output
     assert not (directory / f"refused-{number}.yml").exists()
+
+
+def test_users_wait_as_long_as_the_gateway_holds_requests() -> None:
+    """A swap on one GPU holds them, and none may fail of it on the way."""
+    defaults: dict[str, Any] = {}
+    for role in ("vllm", "agent", "nginx_certbot"):
+        defaults |= yaml.safe_load((ROOT / "roles" / role / "defaults" / "main.yml").read_text())
+    assert defaults["vllm_hold_seconds"] <= defaults["agent_model_hold_seconds"]
+    assert defaults["vllm_hold_seconds"] < defaults["agent_turn_timeout_seconds"] < defaults["nginx_certbot_read_timeout_seconds"]

@@ -148,6 +148,8 @@ def test_source(arguments: list[str], source: dict[str, str]) -> None:
     ("names", "wanted"),
     [
         (["config.json", "model.safetensors", "pytorch_model.bin", "original/x.pth"], ["config.json", "model.safetensors"]),
+        (["config.json", "model.safetensors", "consolidated.safetensors"], ["config.json", "model.safetensors"]),
+        (["params.json", "consolidated.safetensors"], ["params.json", "consolidated.safetensors"]),
         (["config.json", "pytorch_model.bin"], ["config.json", "pytorch_model.bin"]),
         (["a.safetensors", "onnx/model.onnx", "tokenizer.json"], ["a.safetensors", "tokenizer.json"]),
         ([], []),

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 MARKER = ".complete"
-OTHER_WEIGHTS = ("*.bin", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.pt", "*.pth", "original/*")
+OTHER_WEIGHTS = ("*.bin", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.pt", "*.pth", "original/*", "consolidated*")
 
 Source = dict[str, str]
 
@@ -76,7 +76,7 @@ def work_directory(target: Path, source: Source) -> Path:
 
 def wanted_files(sizes: Mapping[str, int]) -> dict[str, int]:
     """Without the copies of the weights in other formats, where safetensors are there."""
-    if not any(name.endswith(".safetensors") for name in sizes):
+    if not any(name.endswith(".safetensors") and not name.startswith("consolidated") for name in sizes):
         return dict(sizes)
     return {name: size for name, size in sizes.items() if not any(fnmatch.fnmatch(name, pattern) for pattern in OTHER_WEIGHTS)}
 
