@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# What the README says of a real GPU: the collection's flags against the guide's at 1, 16 and 64 clients, and the seconds of sleep, wake-up, swap and rollback.
-# Predicted against actual KV tokens are bench/gpu_plan.sh's.
+# What the README says of a real GPU: the collection's flags against the guide's at 1, 16 and 64 clients, the seconds of sleep, wake-up, swap and rollback, and
+# predicted against actual KV tokens (bench/gpu_plan.sh, which `plan` calls).
 #
-#   bench/gpu.sh OUT SMALL LARGE [guide|throughput|latency|swap ...]
+#   bench/gpu.sh OUT SMALL LARGE [guide|throughput|latency|swap|plan ...]
 #
 # Run it on a host with an NVIDIA GPU of 80 GB, where PYTHON (python3) imports vllm. SMALL and LARGE are directories with config.json and a tokenizer, such as
 # those of Llama 3.1 8B and of Llama 3.1 70B in AWQ; weights are random, so none are needed: speed and memory are real, text is not. Logs go to OUT.
-# The first three take about five minutes each, `swap` about six.
+# The first three take about five minutes each, `swap` about six, `plan` about twelve.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
-out=${1:?usage: gpu.sh OUT SMALL LARGE [guide|throughput|latency|swap ...]}
-small=${2:?usage: gpu.sh OUT SMALL LARGE [guide|throughput|latency|swap ...]}
-large=${3:?usage: gpu.sh OUT SMALL LARGE [guide|throughput|latency|swap ...]}
+out=${1:?usage: gpu.sh OUT SMALL LARGE [guide|throughput|latency|swap|plan ...]}
+small=${2:?usage: gpu.sh OUT SMALL LARGE [guide|throughput|latency|swap|plan ...]}
+large=${3:?usage: gpu.sh OUT SMALL LARGE [guide|throughput|latency|swap|plan ...]}
 shift 3
-[ $# -gt 0 ] || set -- guide throughput latency swap
+[ $# -gt 0 ] || set -- guide throughput latency swap plan
 python=${PYTHON:-python3}
 seconds=${SECONDS_EACH:-20}
 mkdir -p "$out"
@@ -55,6 +55,7 @@ for part in "$@"; do
     swap)
       PYTHONPATH="$collections${PYTHONPATH:+:$PYTHONPATH}" "$python" "$here/gpu_swap.py" "$out/swap" "$small" "$python"
       ;;
-    *) echo "gpu.sh: $part is none of guide, throughput, latency, swap" >&2; exit 2 ;;
+    plan) "$here/gpu_plan.sh" "$small" "$out/plan" ;;
+    *) echo "gpu.sh: $part is none of guide, throughput, latency, swap, plan" >&2; exit 2 ;;
   esac
 done
