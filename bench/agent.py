@@ -3,7 +3,8 @@
     python bench/agent.py [--seconds 4] [--rounds 3] [--only ours,guide-sync] [--quick]
 
 Every turn starts a new thread, so no history grows: that is what POST /runs/wait of `langgraph dev` does, too. Prints
-tables in Markdown and, as the last line, JSON. Ends with 1 where a turn failed or was not recorded.
+tables in Markdown and, as the last line, JSON. Ends with 1 where a turn failed or was not recorded; whether the figures are
+what we want (`within_limits`: 5 ms added at 1 client, twice the fastest peer's turns at 64) is for the reader to see.
 
 "Added" is what a turn takes more than the same call of the model itself takes, with as many clients, in the same round.
 Each figure is the median of the rounds; in a round the services take turns within each cell of the table.
@@ -45,6 +46,9 @@ WARM_SECONDS = 0.5
 FIRST_WARM_SECONDS = 3.0
 # The share of one processor that others may take before the figures say more about them.
 FOREIGN_LIMIT = 0.1
+# What we set ourselves: at one client, and against the fastest peer at 64.
+LIMIT_ADDED_MS = 5.0
+LIMIT_RATIO = 2.0
 
 
 @dataclass(frozen=True)
@@ -248,6 +252,9 @@ class Bench:
         for name, peer_rate in peers.items():
             result[f"{name}_added_p50_ms"], result[f"{name}_turns_per_s_at_64"] = self.added(name, one, "p50"), peer_rate
         rounded: dict[str, object] = {name: None if isnan(value) else round(value, 2) for name, value in result.items()}
+        # Nobody can say without a peer.
+        within = result["added_p50_ms"] <= LIMIT_ADDED_MS and result["ratio_to_fastest_peer_at_64"] >= LIMIT_RATIO if fastest else None
+        rounded["within_limits"] = within
         return rounded | {"fastest_peer": fastest, "foreign_cpu": round(middle(self.foreign), 2), "turns": self.turns, "problems": len(self.problems)}
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import load
-from agent import OURS, Bench, Cell
+from agent import MODEL, OURS, Bench, Cell
 from rows import copy_of, fill
 from services import BENCH, servers, tree
 
@@ -87,6 +87,26 @@ async def _no_turns(*_: object, **__: object) -> load.Sample:
     return load.Sample(1.0, answered=3, latencies=[0.1] * 3, first_tokens=[0.1] * 3)
 
 
+@pytest.mark.parametrize(("p50", "rate", "within"), [(4.9, 200, True), (5.1, 200, False), (4.9, 199, False)])
+def test_the_limits_are_judged(p50: float, rate: float, within: bool) -> None:
+    bench = Bench(1)
+    bench.services = [_Named(OURS), _Named("guide-sync")]  # type: ignore[list-item]
+    for name, added, turns in ((MODEL, 1.0, 1000.0), (OURS, 1.0 + p50, rate), ("guide-sync", 10.0, 100.0)):
+        for mode in ("chat", "stream"):
+            for clients in (1, 64):
+                figures = bench.figures[name, Cell(mode, 0, clients)]
+                for values in (figures.p50, figures.p95, figures.first_token):
+                    values.append(added)
+                figures.rate.append(turns)
+    summary = bench.summary()
+    assert (summary["within_limits"], summary["added_p50_ms"]) == (within, p50)
+
+
+class _Named:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
 def test_the_last_line_is_what_was_promised() -> None:
     command = [sys.executable, str(BENCH / "agent.py"), "--quick", "--seconds", "1", "--only", OURS]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -95,5 +115,6 @@ def test_the_last_line_is_what_was_promised() -> None:
     assert result["added_p50_ms"] > 0
     assert result["turns_per_s_at_64"] > 0
     assert result["ratio_to_fastest_peer_at_64"] is None
+    assert result["within_limits"] is None
     assert result["problems"] == 0
     assert "| the model alone |" in run.stdout

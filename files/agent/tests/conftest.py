@@ -70,3 +70,25 @@ def start_agent(migrated: Postgres, redis: Redis, model: Model) -> Iterator[Call
     yield start
     for service in started:
         service.remove()
+
+
+@pytest.fixture(scope="module")
+def pair_processes(migrated: Postgres, redis: Redis, model_process: Model) -> Iterator[tuple[Agent, Agent]]:
+    services = [Agent(migrated, redis, model_process, AGENT_TURN_TIMEOUT_SECONDS="20") for _ in range(2)]
+    yield services[0], services[1]
+    for service in services:
+        service.remove()
+
+
+@pytest.fixture
+def pair(pair_processes: tuple[Agent, Agent], agent_process: Agent, model: Model) -> Iterator[tuple[Agent, Agent]]:
+    """Two services, both alive, whatever the test before has done to them.
+
+    The service of the other tests shares their database: it is frozen, or it would take over what they leave.
+    """
+    for service in pair_processes:
+        if service.process is None or service.process.poll() is not None:
+            service.start()
+    agent_process.freeze()
+    yield pair_processes
+    agent_process.thaw()

@@ -230,6 +230,20 @@ class Model(Process):
         return httpx.get(f"{self.url}/_control").json()["requests"]
 
 
+class McpServer(Process):
+    def __init__(self) -> None:
+        super().__init__()
+        self.more: list[str] = []
+        self.url = f"http://127.0.0.1:{self.port}/mcp"
+
+    def command(self) -> list[str]:
+        return [sys.executable, str(Path(__file__).with_name("mcp_server.py")), str(self.port), *self.more]
+
+    def answers(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+
 class Agent(Process):
     """The service as its image starts it."""
 

@@ -3,10 +3,10 @@
 Two services with one worker each share the database, so that a test can choose which of them it asks.
 """
 
-import json
 import os
 import signal
-import threading
+import socket
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,92 +17,9 @@ from uuid import uuid4
 import httpx
 import pytest
 
+from agent.serve import Supervisor
 from servers import Agent, Model, Postgres, Redis, wait_until
-
-Event = tuple[int, str, Any]
-
-
-class Stream:
-    """A reader of POST /chat/stream in a thread of its own."""
-
-    def __init__(self, service: Agent, body: dict[str, Any] | None = None, run_id: str = "", after: int = 0) -> None:
-        self.events: list[Event] = []
-        self.broken = False
-        self._service = service
-        self._body = body
-        self._run_id = run_id
-        self._after = after
-        self._enough: int | None = None
-        self._thread = threading.Thread(target=self._read)
-        self._thread.start()
-
-    def _read(self) -> None:
-        method, path = ("POST", "/chat/stream") if self._body else ("GET", f"/chat/stream/{self._run_id}")
-        headers = {"Last-Event-ID": str(self._after)} if self._after else {}
-        try:
-            with self._service.client.stream(method, path, json=self._body, headers=headers, timeout=30) as answer:
-                assert answer.status_code == 200, answer.read()
-                fields: dict[str, str] = {}
-                for line in answer.iter_lines():
-                    name, _, value = line.partition(": ")
-                    if line:
-                        fields[name] = value
-                    elif "event" in fields:
-                        self.events.append((int(fields.get("id", 0)), fields["event"], json.loads(fields["data"])))
-                        fields = {}
-                        if self._enough is not None and len(self.texts()) >= self._enough:
-                            return
-        except httpx.TransportError:
-            self.broken = True
-
-    def break_after(self, tokens: int) -> None:
-        self._enough = tokens
-        self.join()
-
-    def join(self) -> "Stream":
-        self._thread.join(40)
-        assert not self._thread.is_alive()
-        return self
-
-    def names(self) -> list[str]:
-        return [name for _, name, _ in self.events]
-
-    def data(self, name: str) -> Any:
-        return next((data for _, event, data in self.events if event == name), None)
-
-    def texts(self) -> list[str]:
-        return [data["text"] for _, name, data in self.events if name == "token"]
-
-    @property
-    def run_id(self) -> str:
-        wait_until(lambda: self.data("run") is not None, "the run is named")
-        return self.data("run")["run_id"]
-
-    @property
-    def last_id(self) -> int:
-        return self.events[-1][0]
-
-
-@pytest.fixture(scope="module")
-def pair_processes(migrated: Postgres, redis: Redis, model_process: Model) -> Iterator[tuple[Agent, Agent]]:
-    services = [Agent(migrated, redis, model_process, AGENT_TURN_TIMEOUT_SECONDS="20") for _ in range(2)]
-    yield services[0], services[1]
-    for service in services:
-        service.remove()
-
-
-@pytest.fixture
-def pair(pair_processes: tuple[Agent, Agent], agent_process: Agent, model: Model) -> Iterator[tuple[Agent, Agent]]:
-    """Two services, both alive, whatever the test before has done to them.
-
-    The service of the other tests shares their database: it is frozen, or it would take over what they leave.
-    """
-    for service in pair_processes:
-        if service.process is None or service.process.poll() is not None:
-            service.start()
-    agent_process.freeze()
-    yield pair_processes
-    agent_process.thaw()
+from streams import Stream
 
 
 @pytest.fixture
@@ -184,6 +101,28 @@ class TestKilledWorker:
         # The call, the try that was killed, and the one that answered.
         assert len(model.requests()) == 3
 
+    def test_one_that_starts_from_an_older_checkpoint_goes_on_too(
+        self, pair: tuple[Agent, Agent], migrated: Postgres, model: Model
+    ) -> None:
+        first, second = pair
+        thread = "killed-fork"
+        for text in ("before", "left out"):
+            assert post(first, text, thread).status_code == 200
+        states = first.client.post(f"/threads/{thread}/history", json={"limit": 10}).json()
+        fork = next(state for state in states if len(state["values"]["messages"]) == 2)
+        asked = len(model.requests())
+        message = '[[tool calculator {"expression": "6*7"}]] [[delay 1.5]]'
+        place = {"checkpoint_id": fork["checkpoint"]["checkpoint_id"]}
+        assert start_run(first, thread, message, **place).status_code == 200
+        wait_until(lambda: len(model.requests()) == asked + 2, "the model is asked about the tool's result")
+        first.process.kill()
+        wait_until(lambda: status(migrated, thread)[-1] == "success", "the turn is finished", 15)
+        kinds = [message["type"] for message in messages(second, thread)]
+        assert kinds == ["human", "ai", "human", "ai", "tool", "ai"]
+        assert questions(second, thread) == ["before", message]
+        # The call, the try that was killed, and the one that answered.
+        assert len(model.requests()) == asked + 3
+
     def test_what_waited_behind_it_runs_too(self, pair: tuple[Agent, Agent], migrated: Postgres) -> None:
         first, second = pair
         for number in range(3):
@@ -214,6 +153,38 @@ class TestKilledWorker:
             wait_until(lambda: set(service.workers()) <= set(started()), "the new one serves", 5)
             assert time.monotonic() - killed < 5
         assert {service.chat("hello").status_code for _ in range(10)} == {200}
+
+    def test_one_of_which_a_part_fails_ends(
+        self, start_agent: Callable[..., Agent], agent_process: Agent, migrated: Postgres
+    ) -> None:
+        """A row that nobody can read stands for a mistake in what looks after the runs."""
+        agent_process.freeze()
+        try:
+            service = start_agent(workers=2)
+            assert service.chat("hello", "unreadable").status_code == 200
+            before = service.workers()
+            migrated.query(
+                "INSERT INTO runs (run_id, thread_id, owner, status, input, options)"
+                " VALUES (gen_random_uuid(), 'unreadable', 'user:tester', 'pending', '{}', '[]') RETURNING 1"
+            )
+            wait_until(lambda: set(service.workers()) != set(before), "a worker ends", 5)
+        finally:
+            migrated.query("DELETE FROM runs WHERE thread_id = 'unreadable' RETURNING 1")
+            agent_process.thaw()
+        failed = [line for line in service.log_lines() if line["level"] == "critical"]
+        assert "AttributeError" in failed[0]["exception"]
+        wait_until(lambda: len(service.workers()) == 2, "it is replaced")
+        assert service.chat("hello", "unreadable").status_code == 200
+
+    def test_a_stop_that_finds_it_dead_already_goes_on(self) -> None:
+        dead, alive = (subprocess.Popen(["sleep", "60"], start_new_session=True) for _ in range(2))
+        dead.kill()
+        dead.wait()
+        with socket.socket() as listener:
+            supervisor = Supervisor(listener, 2)
+            supervisor._workers = {dead.pid: 0.0, alive.pid: 0.0}
+            supervisor._stop(signal.SIGTERM, None)
+        assert alive.wait(5) == -signal.SIGTERM
 
     def test_a_service_that_cannot_start_ends(self, start_agent: Callable[..., Agent], tmp_path: Path) -> None:
         service = start_agent(workers=2)
@@ -344,12 +315,20 @@ class TestBusyThread:
 
     def test_rollback(self, agent: Agent, migrated: Postgres) -> None:
         assert agent.chat("before", "rollback").status_code == 200
-        message = '[[tool calculator {"expression": "6*7"}]] [[delay 15]]'
+        message = '[[tool calculator {"expression": "6*7"}]] [[delay 1.5]]'
         assert start_run(agent, "rollback", message).status_code == 200
-        time.sleep(0.3)
+        stored = "SELECT count(*) FROM checkpoints WHERE thread_id = 'rollback'"
+        wait_until(lambda: migrated.query(stored)[0][0] >= 4, "the tool's result is stored")
         assert start_run(agent, "rollback", "second", multitask_strategy="rollback").status_code == 200
         wait_until(lambda: status(migrated, "rollback") == ["success", "success"], "only the others are left")
         assert questions(agent, "rollback") == ["before", "second"]
+        unused = (
+            "SELECT count(*) FROM checkpoint_blobs b WHERE thread_id = 'rollback' AND NOT EXISTS"
+            " (SELECT FROM checkpoints c WHERE c.thread_id = b.thread_id"
+            " AND c.checkpoint->'channel_versions'->>b.channel = b.version)"
+        )
+        assert migrated.query(unused) == [(0,)]
+        assert migrated.query("SELECT count(*) FROM checkpoint_blobs WHERE thread_id = 'rollback'")[0][0] >= 2
 
 
 class TestCancel:
@@ -368,6 +347,20 @@ class TestCancel:
         assert agent.client.post(f"/threads/cancel-pending/runs/{run_id}/cancel?wait=true").status_code == 204
         wait_until(lambda: status(migrated, "cancel-pending") == ["success", "interrupted"], "the first one ends")
         assert questions(agent, "cancel-pending") == ["first [[delay 1]]"]
+
+    @pytest.mark.parametrize("how", ["cancel", "delete"])
+    def test_that_the_channel_did_not_tell(self, pair: tuple[Agent, Agent], migrated: Postgres, how: str) -> None:
+        """As where the connection that listens is just being opened anew."""
+        thread = f"cancel-untold-{how}"
+        start_run(pair[0], thread, "work [[delay 15]]")
+        wait_until(lambda: pair[0].metric("agent_turns_running") == 1, "it runs")
+        change = {
+            "cancel": "UPDATE runs SET cancel = 'interrupt' WHERE thread_id = %s RETURNING 1",
+            "delete": "DELETE FROM threads WHERE thread_id = %s RETURNING 1",
+        }
+        assert migrated.query(change[how], thread) == [(1,)]
+        wait_until(lambda: pair[0].metric("agent_turns_running") == 0, "it stops", 3)
+        assert status(migrated, thread) == (["interrupted"] if how == "cancel" else [])
 
     def test_after_its_worker_died(self, pair: tuple[Agent, Agent], migrated: Postgres) -> None:
         run_id = start_run(pair[0], "cancel-dead", "work [[delay 15]]").json()["run_id"]
@@ -491,4 +484,4 @@ class TestStream:
     @pytest.mark.parametrize("last", ["x", "-1", "9" * 19, "1.5"])
     def test_bad_last_event_ids(self, agent: Agent, last: str) -> None:
         answer = agent.client.get(f"/chat/stream/{uuid4()}", headers={"Last-Event-ID": last})
-        assert answer.status_code in (404, 422)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (422, "invalid_request")

@@ -1,14 +1,17 @@
 """What happens to a conversation when something breaks under it."""
 
+import contextlib
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import psycopg
 import pytest
 
+from agent.api.admission import SUBMIT_SECONDS
 from servers import Agent, Model, Postgres, wait_until
 
 
@@ -146,16 +149,49 @@ class TestPostgres:
             assert running.result().status_code == 200
         assert "I see 3 user messages" in agent.chat("after", thread).json()["response"]
 
-    def test_frozen(self, agent: Agent, migrated: Postgres) -> None:
+    def test_frozen(self, start_agent: Callable[..., Agent], migrated: Postgres) -> None:
+        """Nothing is accepted, and who asks need not wait as long as a turn may take to learn it."""
+        service = start_agent(AGENT_TURN_TIMEOUT_SECONDS="60")
+        assert service.chat("hello").status_code == 200
         migrated.freeze()
         try:
             started = time.monotonic()
-            answer = agent.chat("hello")
-            assert time.monotonic() - started < 6
-            assert answer.status_code in (503, 504)
+            answer = service.chat("hello")
+            assert time.monotonic() - started < SUBMIT_SECONDS + 1
+            assert (answer.status_code, error_code(answer)) == (503, "storage_unavailable")
+            assert answer.headers["Retry-After"] == "5"
         finally:
             migrated.thaw()
-        wait_until(lambda: agent.chat("hello").status_code == 200, "the service recovers", 10)
+        wait_until(lambda: service.chat("hello").status_code == 200, "the service recovers", 10)
+
+    def test_what_it_refuses_ends_one_turn(self, agent: Agent, migrated: Postgres) -> None:
+        """Not a failure that passes: the same again would be refused for ever."""
+        with refusing(migrated, "refused"):
+            started = time.monotonic()
+            answer = agent.chat("secret-canary", "refused")
+            assert time.monotonic() - started < 2
+            assert (answer.status_code, error_code(answer)) == (500, "internal_error")
+            assert agent.chat("hello", "not-refused").status_code == 200
+        assert migrated.query("SELECT status FROM runs WHERE thread_id = 'refused'") == [("error",)]
+        assert "I see 1 user message." in agent.chat("after", "refused").json()["response"]
+
+
+@contextlib.contextmanager
+def refusing(database: Postgres, thread: str) -> Iterator[None]:
+    """Let Postgres refuse every checkpoint of a thread, and quote it, as it does with what is no JSON."""
+    with psycopg.connect(database.admin("agent"), autocommit=True) as connection:
+        connection.execute(
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+            " RAISE EXCEPTION 'bad value secret-canary' USING ERRCODE = '22P05'; END $$"
+        )
+        connection.execute(
+            "CREATE TRIGGER refuse BEFORE INSERT ON checkpoints FOR EACH ROW"
+            f" WHEN (NEW.thread_id = '{thread}') EXECUTE FUNCTION refuse()"
+        )
+        try:
+            yield
+        finally:
+            connection.execute("DROP FUNCTION refuse CASCADE")
 
 
 def test_what_users_write_is_never_logged(agent: Agent) -> None:

@@ -3,8 +3,6 @@
 import asyncio
 import contextlib
 import json
-import socket
-import sys
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,21 +15,7 @@ from agent.tools import create_tools, serve_tools
 from agent.tools.mcp import McpServers
 from agent.tools.toolbox import Toolbox
 from graphs import RUNNER, Graph, settings
-from servers import Model, Process, free_port
-
-
-class McpServer(Process):
-    def __init__(self) -> None:
-        super().__init__()
-        self.more: list[str] = []
-        self.url = f"http://127.0.0.1:{self.port}/mcp"
-
-    def command(self) -> list[str]:
-        return [sys.executable, str(Path(__file__).with_name("mcp_server.py")), str(self.port), *self.more]
-
-    def answers(self) -> bool:
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+from servers import McpServer, Model, free_port
 
 
 @pytest.fixture(scope="module")

@@ -172,18 +172,24 @@ def test_who_hangs_up_stops_the_work(agent: Agent, key: str, stream: bool) -> No
 
 
 @pytest.mark.parametrize(
-    "fault, status, code",
-    [("overflow", 400, "context_length_exceeded"), ("garbage", 502, "model_failed"), ("500", 503, "model_unavailable")],
+    "fault, status, code, streamed",
+    [
+        ("overflow", 400, "context_length_exceeded", "context_length_exceeded"),
+        # A stream without an event in it is one that broke.
+        ("garbage", 502, "model_failed", "model_unavailable"),
+        ("500", 503, "model_unavailable", "model_unavailable"),
+    ],
 )
-def test_failures(client: OpenAI, model: Model, fault: str, status: int, code: str) -> None:
+def test_failures(client: OpenAI, model: Model, fault: str, status: int, code: str, streamed: str) -> None:
     messages: Any = [{"role": "user", "content": f"[[fault {fault}]] canary"}]
     with pytest.raises(openai.APIStatusError) as failed:
         client.chat.completions.create(model="agent", messages=messages)
     assert (failed.value.status_code, failed.value.code) == (status, code)
     assert failed.value.type == ("server_error" if status >= 500 else "invalid_request_error")
+    assert failed.value.response.headers.get("Retry-After") == ("5" if status == 503 else None)
     with pytest.raises(openai.APIError) as broken:
         list(client.chat.completions.create(model="agent", messages=messages, stream=True))
-    assert broken.value.code in (code, "model_unavailable")
+    assert broken.value.code == streamed
     assert "canary" not in f"{failed.value}{broken.value}"
 
 

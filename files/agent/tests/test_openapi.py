@@ -212,7 +212,7 @@ def test_bad_queries_and_headers(agent: Agent, document: dict[str, Any], known: 
     for query in ("limit=0", "limit=101", "limit=9" * 50, "offset=-1", "status=canary-7f3a", "select=canary-7f3a"):
         refused(agent.client.get(f"{thread}/runs?{query}"), query)
     run = f"{thread}/runs/{known['run_id']}/stream"
-    for event in ("canary-7f3a", "9" * 30, "1-0", "--1"):
+    for event in ("canary-7f3a", "9" * 30, "1-0", "--1", "-"):
         refused(agent.client.get(run, headers={"Last-Event-ID": event}), event)
     for namespace in ("", ".", "a..b", "a.", "a" * 65, "a.b.c.d.e.f", "a%00b"):
         refused(agent.client.get(f"/store/items?namespace={namespace}&key=a"), namespace)
@@ -227,6 +227,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "other assistant": {"assistant_id": CANARY},
     "long assistant": {"assistant_id": "a" * 9000},
     "blank": {"input": {"messages": " \t\u3000"}},
+    "blank in some alphabet": {"input": {"messages": "\u0085\ufeff\u2003\x1f"}},
     "blank message": {"input": {"messages": [{"role": "user", "content": "\n"}]}},
     "blank block": {"input": {"messages": [{"role": "user", "content": [{"type": "text", "text": " "}]}]}},
     "no content": {"input": {"messages": [{"role": "user"}]}},

@@ -2,12 +2,15 @@
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from uuid import uuid4
 
 import httpx
 import psycopg
@@ -21,6 +24,7 @@ from agent.logs import JsonFormatter
 from agent.metrics import Metrics
 from agent.middleware import Observe
 from agent.migrate import migrations
+from sdk import connect
 from servers import AGENT, ODD_PASSWORD, Agent, Model, Postgres, Redis, environment, free_port, migrate, wait_until
 
 ALL_MIGRATIONS = len(migrations()) + len(AsyncPostgresSaver.MIGRATIONS) + len(AsyncPostgresStore.MIGRATIONS)
@@ -243,6 +247,27 @@ def test_metrics_count(agent: Agent) -> None:
     wait_until(lambda: agent.metric('agent_postgres_connections{state="idle"}') > 0, "the pool is seen")
 
 
+def test_metrics_of_turns(agent: Agent, migrated: Postgres) -> None:
+    names = [
+        f"agent_{name}_{what}"
+        for name in ("turn_duration_seconds", "first_token_seconds", "checkpoint_save_seconds")
+        for what in ("count", "sum")
+    ]
+    before = [agent.metric(name) for name in names]
+    running, pending = ('agent_runs{status="running"}', 'agent_runs{status="pending"}')
+    body = {"assistant_id": "agent", "if_not_exists": "create"}
+    for text in ("[[delay 2.5]] first", "second"):
+        asked = {**body, "input": {"messages": text}, "stream_mode": "messages-tuple"}
+        assert agent.client.post("/threads/metrics-of-turns/runs", json=asked).status_code == 200
+    wait_until(lambda: (agent.metric(running), agent.metric(pending)) == (1, 1), "both are seen", 3)
+    wait_until(lambda: (agent.metric(running), agent.metric(pending)) == (0, 0), "both have ended", 6)
+    after = [agent.metric(name) for name in names]
+    # How often, and how long in all.
+    assert [now - then for now, then in zip(after[::2], before[::2], strict=True)] == [2, 2, 2]
+    seconds = [now - then for now, then in zip(after[1::2], before[1::2], strict=True)]
+    assert seconds[0] > seconds[1] > 2.5 > 1 > seconds[2] > 0
+
+
 def test_logs_are_json_lines(agent: Agent) -> None:
     request_id = agent.chat("hi", "logged").headers["X-Request-ID"]
     agent.client.get("/health")
@@ -251,6 +276,49 @@ def test_logs_are_json_lines(agent: Agent) -> None:
     [line] = [line for line in lines if line.get("request_id") == request_id]
     assert (line["route"], line["status"], line["thread_id"]) == ("/chat", 200, "logged")
     assert not [line for line in lines if line.get("route") == "/health" and line["status"] == 200]
+
+
+def lines_of(agent: Agent, number: str) -> list[dict[str, Any]]:
+    return [line for line in agent.log_lines() if line.get("request_id") == number]
+
+
+def test_the_log_has_the_number_that_the_proxy_gives(agent: Agent) -> None:
+    number = uuid4().hex
+    answer = agent.client.get("/threads/none", headers={"X-Request-ID": number})
+    assert answer.headers["X-Request-ID"] == number
+    routes = ["/threads/{thread_id}"]
+    wait_until(lambda: [line["route"] for line in lines_of(agent, number)] == routes, "it is in the log", 2)
+    failed = agent.chat("[[fault 400]]", **{"X-Request-ID": number})
+    assert failed.json()["error"]["id"] == failed.headers["X-Request-ID"] == number
+    for other in ("", number[:-1], number + "0", number.upper(), f"{number[:-1]}\u0661".encode()):
+        assert re.fullmatch(
+            "[0-9a-f]{32}", agent.client.get("/ok", headers={"X-Request-ID": other}).headers["X-Request-ID"]
+        )
+        assert agent.client.get("/ok", headers={"X-Request-ID": other}).headers["X-Request-ID"] != number
+    for secret in ({}, {"X-Proxy-Secret": "guess"}):
+        stranger = httpx.get(f"{agent.url}/health", headers={"X-Request-ID": number, **secret})
+        assert stranger.headers["X-Request-ID"] != number
+
+
+def test_the_log_names_the_run_of_each_request(agent: Agent) -> None:
+    with connect(agent) as client:
+        thread = client.threads.create()["thread_id"]
+        run = client.runs.create(thread, "agent", input={"messages": "hello"})["run_id"]
+        client.runs.join(thread, run)
+        list(client.runs.join_stream(thread, run))
+        client.runs.get(thread, run)
+        client.runs.cancel(thread, run)
+    path = "/threads/{thread_id}/runs"
+
+    def told() -> list[dict[str, Any]]:
+        return [line for line in agent.log_lines() if line.get("run_id") == run and "route" in line]
+
+    wait_until(lambda: len(told()) >= 5, "all are logged", 2)
+    lines = told()
+    assert [line["route"].replace(":uuid", "") for line in lines] == [
+        path, *(f"{path}/{{run_id}}{what}" for what in ("/join", "/stream", "", "/cancel"))
+    ]  # fmt: skip
+    assert {line["thread_id"] for line in lines} == {thread}
 
 
 def test_secrets_reach_no_log(agent: Agent) -> None:

@@ -114,6 +114,18 @@ def test_recursion_limit(client: SyncLangGraphClient, thread: str) -> None:
     loop = '[[loop calculator {"expression": "1"}]]'
     with pytest.raises(Exception, match="too_many_steps"):
         say(client, thread, loop, config={"recursion_limit": 3})
+    # More than the operator allows is as much as that.
+    without_end: Any = {"recursion_limit": 1e30}
+    assert say(client, thread, "hello", config=without_end)["messages"][-1]["content"] == HELLO
+    with pytest.raises(Exception, match="too_many_steps"):
+        say(client, thread, loop, config=without_end)
+
+
+def test_a_failure_that_may_pass_says_when(client: SyncLangGraphClient, thread: str) -> None:
+    parts = list(client.runs.stream(thread, "agent", input=message("[[fault 500]]")))
+    assert (parts[-2].event, parts[-2].data["error"]) == ("error", "model_unavailable")
+    assert parts[-2].data["retry_after"] == 5
+    assert say(client, thread, "[[fault 500]]", raise_error=False)["__error__"]["retry_after"] == 5
 
 
 def test_interrupt_before_a_step(client: SyncLangGraphClient, thread: str) -> None:
@@ -455,6 +467,9 @@ def test_approval(start_agent: Callable[..., Agent]) -> None:
         assert state["tasks"][0]["interrupts"][0]["value"] == question["value"]
         assert thread in [each["thread_id"] for each in client.threads.search(status="interrupted")]
 
+        with pytest.raises(ConflictError):  # there is no such message to remove
+            client.threads.update_state(thread, {"messages": [{"type": "remove", "id": "none"}]}, as_node="model")
+        assert client.threads.get(thread)["status"] == "interrupted", "it still waits"
         with pytest.raises(httpx.HTTPStatusError, match="must be"):
             client.runs.wait(thread, "agent", command={"resume": "yes"})
         values = client.runs.wait(thread, "agent", command={"resume": {"approve": True}})
@@ -474,36 +489,6 @@ def test_approval(start_agent: Callable[..., Agent]) -> None:
         refused = parts[-2].data["messages"][-2]
         assert (refused["type"], refused["status"]) == ("tool", "error")
         assert "no sums" in refused["content"]
-
-
-# Two workers
-
-
-def test_the_other_worker_knows_it_all(start_agent: Callable[..., Agent]) -> None:
-    agent = start_agent(workers=2)
-    with connect(agent) as client:
-        thread = client.threads.create()["thread_id"]
-    for wish in ("join", "stream", "cancel"):
-        with connect(agent) as client:
-            run = client.runs.create(
-                thread,
-                "agent",
-                input=message("[[delay 0.6]] slow"),
-                stream_resumable=True,
-                stream_mode="messages-tuple",
-            )
-        for _ in range(4):  # one connection each: both workers are asked
-            with connect(agent) as client:
-                if wish == "join":
-                    assert client.runs.join(thread, run["run_id"])["messages"]
-                elif wish == "stream":
-                    parts = list(client.runs.join_stream(thread, run["run_id"]))
-                    assert {part.event for part in parts} == {"metadata", "messages", "end"}
-                    said = "".join(part.data[0]["content"] for part in parts if part.event == "messages")
-                    assert said.startswith("I see")
-                else:
-                    client.runs.cancel(thread, run["run_id"], wait=True)
-                    assert status(client, thread, run) == "interrupted"
 
 
 # The rest of the service's own

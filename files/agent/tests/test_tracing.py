@@ -1,9 +1,10 @@
 """Spans reach a collector as OTLP over HTTP, and hold nothing of what was said."""
 
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -14,7 +15,7 @@ from agent.errors import ModelFailed
 from agent.tools import create_tools
 from agent.tracing import NO_SPAN, Tracing
 from graphs import RUNNER, Graph, settings
-from servers import AGENT, Model, free_port
+from servers import AGENT, Agent, Model, free_port
 
 
 class Collector(BaseHTTPRequestHandler):
@@ -75,6 +76,21 @@ def test_a_turn(collector: Any, model: Model) -> None:
     assert sorted(attributes(span)["tool"] for span in tools) == ["calculator", "unknown"]
     sent = b"".join(body for _, _, body in collector.received)
     assert not [word for word in (b"canary", b"7000", b"shell") if word in sent]
+
+
+def test_the_service_sends_its_turns(collector: Any, start_agent: Callable[..., Agent]) -> None:
+    service = start_agent(
+        AGENT_OTLP_ENDPOINT=f"http://127.0.0.1:{collector.server_port}", AGENT_SYSTEM_PROMPT="canary-prompt"
+    )
+    answer = service.chat('canary-in [[tool calculator {"expression": "6*7000"}]]', "traced").json()
+    service.stop(signal.SIGTERM)  # which sends what is left
+    found = spans(collector)
+    run = next(span for span in found if span.name == "run")
+    assert [span.name for span in found] == ["run", "model", "tool", "model"]
+    assert {span.parent_span_id for span in found if span is not run} == {run.span_id}
+    assert attributes(run) == {"run_id": answer["run_id"], "thread_id": "traced", "attempt": 1}
+    sent = b"".join(body for _, _, body in collector.received)
+    assert not [word for word in (b"canary", b"7000") if word in sent]
 
 
 def test_a_failure_is_marked_with_its_type_alone(collector: Any, model: Model) -> None:

@@ -27,7 +27,7 @@ from agent.database import conninfo, create_pool
 from agent.errors import ServiceError, StorageUnavailable
 from agent.events import EventStreams
 from agent.graph import create_graph
-from agent.ledger import Channel, Database, Ledger
+from agent.ledger import Channel, Database, Ledger, reason
 from agent.metrics import Metrics
 from agent.middleware import Observe, error_response
 from agent.rate_limit import RateLimiter, create_redis
@@ -75,7 +75,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.settings = settings
     # The last one added is the outermost.
     app.add_middleware(Authenticate, refuse=_service_error)
-    app.add_middleware(Observe, metrics=metrics)
+    app.add_middleware(Observe, metrics=metrics, proxy_secret=settings.proxy_secret)
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _invalid)
@@ -169,7 +169,7 @@ async def _invalid(request: Request, error: Any) -> Response:
 
 
 async def _no_storage(request: Request, error: Any) -> Response:
-    logger.error("the storage failed", extra={"error": f"{type(error).__name__}: {error}"})
+    logger.error("the storage failed", extra={"error": reason(error)})
     return await _service_error(request, StorageUnavailable())
 
 

@@ -189,10 +189,21 @@ class KeyRing:
             logger.warning("use of api keys not noted", extra={"error": type(error).__name__})
 
 
+class Proxy:
+    """The proxy in front, whose word counts only together with the secret."""
+
+    def __init__(self, secret: SecretStr | None) -> None:
+        self._secret = secret.get_secret_value().encode() if secret else None
+
+    def sent(self, headers: Headers) -> bool:
+        given = headers.get("X-Proxy-Secret", "").encode("latin-1")
+        return self._secret is not None and compare_digest(given, self._secret)
+
+
 class Authenticator:
     def __init__(self, keys: KeyRing, proxy_secret: SecretStr | None) -> None:
         self._keys = keys
-        self._proxy_secret = proxy_secret.get_secret_value().encode() if proxy_secret else None
+        self._proxy = Proxy(proxy_secret)
 
     async def principal(self, headers: Headers) -> Principal:
         """Whom these headers speak for, or raise Unauthorized. A key that is given decides, right or wrong."""
@@ -206,8 +217,7 @@ class Authenticator:
         return found
 
     def _user(self, headers: Headers) -> Principal | None:
-        given = headers.get("X-Proxy-Secret", "").encode("latin-1")
-        if self._proxy_secret is None or not compare_digest(given, self._proxy_secret):
+        if not self._proxy.sent(headers):
             return None
         try:
             user = headers.get("X-Forwarded-User", "").encode("latin-1").decode()

@@ -90,7 +90,6 @@ class RunSaver(BaseCheckpointSaver[str]):
     def __init__(
         self,
         saver: TurnSaver,
-        config: RunnableConfig,
         run_id: str,
         metadata: dict[str, Any],
         save: Save,
@@ -100,7 +99,6 @@ class RunSaver(BaseCheckpointSaver[str]):
         super().__init__(serde=saver.serde)
         self._saver: AsyncPostgresSaver = saver
         self._reader = saver
-        self._config = config
         self._metadata = {**metadata, "run_id": run_id}
         self._save = save
         self._history = history
@@ -113,9 +111,9 @@ class RunSaver(BaseCheckpointSaver[str]):
         self.values: dict[str, Any] = {}
         self.last_id: str | None = None
 
-    async def load(self, *, empty: bool = False) -> CheckpointTuple | None:
-        """Where the run starts from, which is nothing in an empty thread. The graph is given the same when it asks."""
-        self._loaded = None if empty else await self._reader.read(self._config)
+    async def load(self, config: RunnableConfig | None) -> CheckpointTuple | None:
+        """Where the run starts from, which is nothing without a config. The graph is given the same when it asks."""
+        self._loaded = None if config is None else await self._reader.read(config)
         self._unread = True
         if self._loaded is not None:
             self.values = self._loaded.checkpoint["channel_values"]

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 KEY_PREFIX = "agent:events"
 KEEP_SECONDS = 600
+# Who was there until the end comes back soon or not at all, and Redis is small.
+KEEP_ENDED_SECONDS = 120
 # Numbers start at attempt * ATTEMPT: those of a second attempt come after all of the first, which may still be talking.
 ATTEMPT = 1_000_000
 WRITE_SECONDS = 1
@@ -45,7 +47,7 @@ class Event:
     messages, values, updates, custom   as LangGraph streams them, as JSON ("messages" is [chunk, metadata]);
               "EVENT|NAMESPACE" from a subgraph, where subgraphs were asked for
     usage     {"input_tokens", "output_tokens", "total_tokens"}
-    error     {"code", "message"}
+    error     {"code", "message", "retry_after"?: seconds}
     end       the last one: {"status", "response"}
     """
 
@@ -154,13 +156,13 @@ class EventStreams:
 
     async def _write(self, batch: Iterable[tuple[str, Event]]) -> None:
         pipeline = self._redis.pipeline(transaction=False)
-        keys = set()
+        keep: dict[str, int] = {}
         for run_id, event in batch:
             key = _key(run_id)
-            keys.add(key)
+            keep[key] = KEEP_ENDED_SECONDS if event.event == "end" else KEEP_SECONDS
             pipeline.xadd(key, {"e": event.event, "d": to_json(event.data)}, id=f"{event.id}-0")
-        for key in keys:
-            pipeline.expire(key, KEEP_SECONDS)
+        for key, seconds in keep.items():
+            pipeline.expire(key, seconds)
         # A number that is too small comes from an attempt that was overtaken: its events are not wanted.
         await pipeline.execute(raise_on_error=False)
 

@@ -24,6 +24,7 @@ from langgraph.checkpoint.base import CheckpointTuple
 from langgraph.errors import EmptyInputError, GraphRecursionError
 from langgraph.types import Command
 
+from agent import context
 from agent.checkpoints import INTERRUPT, RunSaver
 from agent.errors import InvalidRequest, ModelFailed, TooManySteps
 from agent.events import EventLog, plain
@@ -57,13 +58,23 @@ class Attempt:
         self._metrics = metrics
         self._started = time.monotonic()
         self._spoke = False
+        # The ids of the messages from before the run, once they are known.
+        self._before: frozenset[str | None] | None = None
+        self._usage: dict[str, int] | None = None
+        # The message that the model is writing, as far as it was told.
+        self._writing: str | None = None
+        self._written = ""
 
     async def work(self) -> Outcome:
         """Drive the graph to the end. Raises ServiceError where there is no answer."""
-        loaded = await self._saver.load(empty=self._run.first and self._run.attempt == 1)
+        loaded = await self._load()
         messages: list[AnyMessage] = self._saver.values.get("messages", [])
-        taken_up = loaded is not None and loaded.metadata.get("run_id") == self._run.run_id
-        known = {message.id for message in messages}
+        taken_up = self._is_own(loaded)
+        before = [message.id for message in messages]
+        if taken_up and self._run.run_id in before:
+            # What an earlier attempt did is this run's as well, and nobody has counted it.
+            before = before[: before.index(self._run.run_id)]
+        self._before = frozenset(before)
         if self._run.attempt > 1:
             self._log.add("status", {"state": "restarted"})
         graph_input = None if taken_up else self._input(loaded, messages)
@@ -76,7 +87,39 @@ class Attempt:
             if not taken_up:
                 raise InvalidRequest("The thread has nothing to go on with.") from None
             # The answer was stored before the crash, only that the run is done was not.
-        return self._outcome(known)
+        return self._outcome()
+
+    def spent(self, window: int) -> int:
+        """The tokens that the attempt cost, however it ended. The model is shown no more than `window` at once."""
+        if self._before is None:
+            return 0
+        messages: list[AnyMessage] = self._saver.values.get("messages", [])
+        tokens = self._used(messages)["total_tokens"]
+        if self._writing is not None and self._writing not in {message.id for message in messages}:
+            # Broken off before the model could say what it cost, but its client has read it.
+            shown = sum(context.count(message) for message in messages)
+            tokens += min(shown, window) + context.count_text(self._written)
+        return tokens
+
+    async def _load(self) -> CheckpointTuple | None:
+        """Where the attempt starts from: where its run was to start, or how far an earlier attempt came."""
+        run = self._run
+        if run.first and run.attempt == 1:
+            return await self._saver.load(None)
+        configurable = self._config["configurable"]
+        if run.attempt > 1 and "checkpoint_id" in configurable:
+            latest: RunnableConfig = {
+                **self._config,
+                "configurable": {name: value for name, value in configurable.items() if name != "checkpoint_id"},
+            }
+            loaded = await self._saver.load(latest)
+            if self._is_own(loaded):
+                self._config = latest
+                return loaded
+        return await self._saver.load(self._config)
+
+    def _is_own(self, loaded: CheckpointTuple | None) -> bool:
+        return loaded is not None and loaded.metadata.get("run_id") == self._run.run_id
 
     def _input(self, loaded: CheckpointTuple | None, stored: Sequence[AnyMessage]) -> Any:
         match self._run.input:
@@ -145,6 +188,9 @@ class Attempt:
                 shown = {name: value for name, value in metadata.items() if not name.startswith("__")}
                 self._log.add(_name("messages", namespace), [chunk, shown])
             if isinstance(chunk, AIMessageChunk | AIMessage) and (text := chunk.text):
+                if self._writing != chunk.id:
+                    self._writing, self._written = chunk.id, ""
+                self._written += text
                 if not self._spoke:
                     self._spoke = True
                     self._metrics.first_token_seconds.observe(time.monotonic() - self._started)
@@ -157,10 +203,9 @@ class Attempt:
         if mode in wanted:
             self._log.add(_name(mode, namespace), data)
 
-    def _outcome(self, known: set[str | None]) -> Outcome:
+    def _outcome(self) -> Outcome:
         messages: list[AnyMessage] = self._saver.values.get("messages", [])
-        new = [message for message in messages if message.id not in known]
-        usage = self._count(new)
+        usage = self._used(messages)
         interrupts = plain(self._saver.interrupts)
         result: dict[str, Any] = {"response": "", "usage": usage}
         if interrupts:
@@ -172,9 +217,14 @@ class Attempt:
             raise ModelFailed
         return Outcome("success", "idle", {**result, "response": str(messages[-1].text)})
 
-    def _count(self, messages: Sequence[AnyMessage]) -> dict[str, int]:
-        usage = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
+    def _used(self, messages: Sequence[AnyMessage]) -> dict[str, int]:
+        """What the model says that the run's messages cost. They are counted once."""
+        if self._usage is not None:
+            return self._usage
+        usage = self._usage = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
         for message in messages:
+            if message.id in (self._before or ()):
+                continue
             if isinstance(message, ToolMessage):
                 tool = message.name if message.name in self._tools else "unknown"
                 self._metrics.tool_calls.labels(tool, message.status).inc()

@@ -41,10 +41,9 @@ class RunOptions:
     # What is told while it works: any of "tokens", "tools", "messages", "values", "updates", "custom".
     stream: tuple[str, ...] = ()
     subgraphs: bool = False
-    # Events are also kept in Redis for some minutes, so that any worker can replay them.
+    # Events are also kept in Redis for some minutes, so that any worker can replay them. A run that had to wait for its
+    # thread always is: the worker that takes it may not be the one that its client is connected to.
     resumable: bool = False
-    # "cancel": a run whose follower goes away before the end is cancelled.
-    on_disconnect: Literal["cancel", "continue"] = "continue"
     # Somebody waits for the answer now: the deadline counts from the submission, not from the start of the work.
     waited: bool = False
     # "turn" keeps one checkpoint a turn (and those that a tool call needs), "step" every step's.
@@ -142,7 +141,8 @@ class Outcome:
     """How an attempt ended."""
 
     status: RunStatus
-    thread_status: Literal["idle", "interrupted", "error"]
+    # None leaves it as it is.
+    thread_status: Literal["idle", "interrupted", "error"] | None
     result: dict[str, Any] | None = None
     error: dict[str, Any] | None = None
 
@@ -182,8 +182,15 @@ class Database:
             except psycopg.Error as caught:
                 error = caught
                 break
-        logger.error("the storage failed", extra={"error": f"{type(error).__name__}: {error}"})
+        logger.error("the storage failed", extra={"error": reason(error)})
         raise StorageUnavailable from error
+
+
+def reason(error: psycopg.Error | None) -> str:
+    """For the log. Where Postgres refuses what it was given, it quotes it."""
+    if isinstance(error, psycopg.DatabaseError) and not isinstance(error, psycopg.OperationalError):
+        return f"{type(error).__name__} {error.sqlstate}"
+    return f"{type(error).__name__}: {error}"
 
 
 async def bounded(work: Coroutine[Any, Any, Result], seconds: float) -> Result:
@@ -275,7 +282,9 @@ class Ledger:
     async def claim_pending(self, thread_id: str) -> Run | None:
         """Take the oldest run that waits for this thread, if the thread is free."""
         query: LiteralString = (
-            "UPDATE runs SET status = 'running', worker = %s, updated_at = now() WHERE run_id ="
+            "UPDATE runs SET status = 'running', worker = %s, updated_at = now(), options ="
+            " CASE WHEN options->'stream' IS NULL THEN options"
+            """ ELSE (options::jsonb || '{"resumable": true}')::json END WHERE run_id ="""
             " (SELECT run_id FROM runs WHERE thread_id = %s AND status = 'pending'"
             " ORDER BY created_at, run_id LIMIT 1 FOR UPDATE SKIP LOCKED)"
             " AND NOT EXISTS (SELECT FROM runs WHERE thread_id = %s AND status = 'running')"
@@ -366,16 +375,10 @@ class Ledger:
         return bool(rows[0]["more"])
 
     async def roll_back(self, run: Run) -> None:
-        """Delete a run of this worker's and its checkpoints, as if it had never been."""
-        query: LiteralString = (
-            "WITH mine AS (DELETE FROM runs WHERE run_id = %s AND worker = %s AND status = 'running'"
-            " RETURNING thread_id, run_id), gone AS (DELETE FROM checkpoints USING mine"
-            " WHERE checkpoints.thread_id = mine.thread_id AND metadata->>'run_id' = mine.run_id::text"
-            " RETURNING checkpoints.thread_id, checkpoint_ns, checkpoint_id)"
-            " DELETE FROM checkpoint_writes w USING gone WHERE w.thread_id = gone.thread_id"
-            " AND w.checkpoint_ns = gone.checkpoint_ns AND w.checkpoint_id = gone.checkpoint_id RETURNING 1"
-        )
-        await self._database.rows(query, [run.run_id, self.worker])
+        """Delete a run of this worker's and what it stored, as if it had never been. Raises RunLost."""
+        rows = await self._database.rows(ROLL_BACK, [run.run_id, self.worker, run.attempt])
+        if not rows[0]["mine"] and await self.find(run.run_id) is not None:
+            raise RunLost
 
     # Cancelling and waiting
 
@@ -383,6 +386,15 @@ class Ledger:
         """Ask for a run's end. What it was, and whose it is, unless it was final."""
         rows = await self._database.rows(CANCEL, {"run": run_id, "action": action})
         return (rows[0]["was"], rows[0]["owner"]) if rows else None
+
+    async def to_stop(self, mine: Sequence[str]) -> list[str]:
+        """Those of these runs that were cancelled or deleted."""
+        rows = await self._database.rows(
+            "SELECT mine.run_id::text FROM unnest(%s::uuid[]) AS mine (run_id) LEFT JOIN runs USING (run_id)"
+            " WHERE runs.run_id IS NULL OR runs.cancel IS NOT NULL",
+            [list(mine)],
+        )
+        return [row["run_id"] for row in rows]
 
     async def others_on(self, run: Run) -> list[str]:
         """The runs that keep this one from its thread."""
@@ -582,7 +594,7 @@ WITH mine AS (
 
 TELL: LiteralString = f"""
 t AS (
-    UPDATE threads SET status = %s, updated_at = now(), last_active = now()
+    UPDATE threads SET status = coalesce(%s, threads.status), updated_at = now(), last_active = now()
     FROM mine WHERE threads.thread_id = mine.thread_id
 ),
 told AS (SELECT pg_notify('{CHANNEL}', 'done ' || run_id) FROM mine WHERE watched)
@@ -592,6 +604,32 @@ SELECT EXISTS (SELECT FROM mine) AS mine, now() AS now, (SELECT count(*) FROM to
 
 FINISH: LiteralString = f"{END}{STORE},{TELL}"
 FINISH_ONE: LiteralString = f"{END}{STORE_ONE},{TELL}"
+
+# A blob goes with the last checkpoint that has its version of a channel.
+ROLL_BACK: LiteralString = """
+WITH mine AS (
+    DELETE FROM runs WHERE run_id = %s AND worker = %s AND attempt = %s AND status = 'running'
+    RETURNING thread_id, run_id::text
+),
+gone AS (
+    DELETE FROM checkpoints c USING mine WHERE c.thread_id = mine.thread_id AND c.metadata->>'run_id' = mine.run_id
+    RETURNING c.thread_id, c.checkpoint_ns, c.checkpoint_id, c.checkpoint
+),
+w AS (
+    DELETE FROM checkpoint_writes w USING gone WHERE w.thread_id = gone.thread_id
+    AND w.checkpoint_ns = gone.checkpoint_ns AND w.checkpoint_id = gone.checkpoint_id
+),
+b AS (
+    DELETE FROM checkpoint_blobs b USING gone, jsonb_each_text(gone.checkpoint->'channel_versions') v
+    WHERE b.thread_id = gone.thread_id AND b.checkpoint_ns = gone.checkpoint_ns
+    AND b.channel = v.key AND b.version = v.value AND NOT EXISTS (
+        SELECT FROM checkpoints c, mine WHERE c.thread_id = b.thread_id AND c.checkpoint_ns = b.checkpoint_ns
+        AND c.metadata->>'run_id' IS DISTINCT FROM mine.run_id
+        AND c.checkpoint->'channel_versions'->>b.channel = b.version
+    )
+)
+SELECT EXISTS (SELECT FROM mine) AS mine
+"""
 
 CANCEL: LiteralString = f"""
 WITH was AS (SELECT run_id, status FROM runs WHERE run_id = %(run)s FOR UPDATE),

@@ -8,15 +8,17 @@ import asyncio
 import contextlib
 import logging
 import math
+import signal
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Literal, TypedDict
 from uuid import UUID, uuid4
 
 import orjson
+import psycopg
 from langchain_core.runnables import RunnableConfig
 from redis.exceptions import RedisError
 
@@ -32,7 +34,7 @@ from agent.errors import (
     TurnConflict,
     TurnTimeout,
 )
-from agent.events import Event, EventLog, EventStreams
+from agent.events import ATTEMPT, Event, EventLog, EventStreams
 from agent.execution import Attempt
 from agent.graph import Agent
 from agent.ledger import (
@@ -108,7 +110,6 @@ class Active:
         self.work: asyncio.Task[Outcome] | None = None
         self.driver: asyncio.Task[None] | None = None
         self.reason: Reason | None = None
-        self.followers = 0
         self.done: asyncio.Future[Run | None] = asyncio.get_running_loop().create_future()
 
     def stop(self, reason: Reason) -> None:
@@ -169,6 +170,8 @@ class Engine:
         self._services = [
             asyncio.create_task(service) for service in (self._channel.listen(), self._beat(), self._pick_up())
         ]
+        for service in self._services:
+            service.add_done_callback(self._service_ended)
 
     async def close(self) -> None:
         """Give running runs a moment, then hand them back: another worker, or the next start, goes on with them."""
@@ -322,29 +325,29 @@ class Engine:
         run = active.run
         if run.options.stream:
             self._tell(active, "metadata", {"run_id": run.run_id, "thread_id": run.thread_id, "attempt": run.attempt})
-        config = self._config(active)
-        saver = RunSaver(
-            self._saver, config, run.run_id, run.options.metadata, self._saving(run), history=run.options.history
+        saver = RunSaver(self._saver, run.run_id, run.options.metadata, self._saving(run), history=run.options.history)
+        attempt = Attempt(
+            run, self._graph, saver, self._config(active), frozenset(self._tools()), self._log(active), self._metrics
         )
-        outcome, error = await self._work(active, config, saver)
+        outcome, error = await self._work(active, attempt)
         if active.reason == "stop" and error is not None:
             await self._ledger.hand_back(run)
             return None
         if active.reason == "rollback" and error is not None:
             await self._ledger.roll_back(run)
-            outcome = Outcome("interrupted", "idle", error=_failure(Cancelled()))
+            outcome = Outcome("interrupted", "idle", error=describe_failure(Cancelled()))
             more = True
         else:
-            more = await self._store(run, saver, outcome)
+            outcome, more = await self._store(run, saver, outcome)
         run.status, run.result, run.error = outcome.status, outcome.result, outcome.error
         self._note(active, outcome)
+        spent = attempt.spent(self._settings.context_tokens)
         if run.options.stream:
             self._tell_end(active)
-        tokens = (outcome.result or {}).get("usage", {}).get("total_tokens", 0)
         if run.options.on_completion == "delete":
             self._spawn(self._delete_thread(run))
         if self._finished is not None:
-            self._spawn(self._finished(run.owner, run.run_id, tokens))
+            self._spawn(self._finished(run.owner, run.run_id, spent))
         if more and not self._closing:
             self._spawn(self._claim(run.thread_id))
         return run
@@ -379,9 +382,7 @@ class Engine:
 
         return save
 
-    async def _work(
-        self, active: Active, config: RunnableConfig, saver: RunSaver
-    ) -> tuple[Outcome, BaseException | None]:
+    async def _work(self, active: Active, attempt: Attempt) -> tuple[Outcome, BaseException | None]:
         """Do the turn within its time, and put whatever comes of it into an outcome."""
         run = active.run
         try:
@@ -389,11 +390,11 @@ class Engine:
                 active.stop(run.cancel)
             if active.reason is not None:
                 raise asyncio.CancelledError
-            if run.attempt - run.first_attempt >= MAX_ATTEMPTS or run.options.kind == "update":
+            if run.options.kind == "update":
+                # Its client is gone, and it changed nothing.
+                return Outcome("error", None, error=describe_failure(ServiceError())), None
+            if run.attempt - run.first_attempt >= MAX_ATTEMPTS:
                 raise ServiceError
-            attempt = Attempt(
-                run, self._graph, saver, config, frozenset(self._tools()), self._log(active), self._metrics
-            )
             active.work = asyncio.create_task(self._traced(attempt, run))
             left = active.deadline - asyncio.get_running_loop().time()
             done, _ = await asyncio.wait({active.work}, timeout=max(0.0, left))
@@ -405,41 +406,48 @@ class Engine:
         except asyncio.CancelledError as error:
             if active.reason is None:
                 raise
-            return Outcome("interrupted", "interrupted", error=_failure(Cancelled())), error
+            return Outcome("interrupted", "interrupted", error=describe_failure(Cancelled())), error
         except RunLost:
             raise
         except TurnTimeout as error:
-            return Outcome("timeout", "error", error=_failure(error)), error
+            return Outcome("timeout", "error", error=describe_failure(error)), error
         except ServiceError as error:
-            return Outcome("error", "error", error=_failure(error)), error
+            return Outcome("error", "error", error=describe_failure(error)), error
         except Exception as error:
             logger.exception("internal error", extra={"run_id": run.run_id, "thread_id": run.thread_id})
-            return Outcome("error", "error", error=_failure(ServiceError())), error
+            return Outcome("error", "error", error=describe_failure(ServiceError())), error
 
     async def _traced(self, attempt: Attempt, run: Run) -> Outcome:
         with self._tracing.span("run", {"run_id": run.run_id, "thread_id": run.thread_id, "attempt": run.attempt}):
             return await attempt.work()
 
-    async def _store(self, run: Run, saver: RunSaver, outcome: Outcome) -> bool:
-        """Record the end, however long Postgres takes to come back."""
+    async def _store(self, run: Run, saver: RunSaver, outcome: Outcome) -> tuple[Outcome, bool]:
+        """Record the end, however long Postgres takes to come back: how it ended, and whether another run waits."""
         try:
             batch = saver.batch(final=True)
         except (TypeError, ValueError):  # half a surrogate pair, for one
-            if outcome.status != "success":
-                batch = Batch()
-            else:
-                logger.exception("an answer cannot be stored", extra={"run_id": run.run_id})
-                outcome, batch = Outcome("error", "error", error=_failure(ServiceError())), Batch()
+            outcome, batch = self._without(run, outcome), Batch()
         wait = 0.1
         while True:
             try:
                 with self._metrics.save_seconds.time():
-                    return await self._ledger.finish(run, batch, outcome)
-            except StorageUnavailable:
+                    return outcome, await self._ledger.finish(run, batch, outcome)
+            except StorageUnavailable as error:
                 if self._closing:
                     raise  # the next start finds the run unfinished and works on it again
+                if _is_permanent(error) and batch != Batch():
+                    # Postgres takes none of it, today or tomorrow, and the thread must not wait for ever.
+                    outcome, batch = self._without(run, outcome), Batch()
+                    continue
                 await asyncio.sleep(wait)
                 wait = min(wait * 2, 2.0)
+
+    def _without(self, run: Run, outcome: Outcome) -> Outcome:
+        """The outcome of a run whose messages cannot be stored."""
+        logger.error("an answer cannot be stored", extra={"run_id": run.run_id})
+        if outcome.status != "success":
+            return outcome
+        return Outcome("error", "error", error=describe_failure(ServiceError()))
 
     def _note(self, active: Active, outcome: Outcome) -> None:
         code = "ok" if outcome.status == "success" else str((outcome.error or {}).get("code"))
@@ -475,63 +483,77 @@ class Engine:
             self._kept.popitem(last=False)
 
     async def events(self, owner: str, run_id: str, after: int = 0) -> AsyncGenerator[Event]:
-        """What the run told after this event, and then what it tells; ends with the run."""
-        ended = False
-        try:
-            async for event in self._events(owner, run_id, after):
-                ended = event.event == "end"
-                yield event
-        finally:
-            active = self._active.get(run_id)
-            if not ended and active is not None and active.run.options.on_disconnect == "cancel":
-                self._spawn(self._cancel(run_id, "interrupt"))
-
-    async def _events(self, owner: str, run_id: str, after: int) -> AsyncGenerator[Event]:
-        log: EventLog | None = None
-        if (active := self._active.get(run_id)) is not None and active.run.owner == owner:
-            log = active.log
-        elif (kept := self._kept.get(run_id)) is not None and kept.run.owner == owner:
-            log = kept.log
-        if log is not None and log.reaches(after):
-            async for event in log.follow(after):
-                after = event.id
-                yield event
-                if event.event == "end":
-                    return
-            if self._closing:
-                return
-        # It runs, or ran, in another worker; or it goes on there.
-        async for event in self._events_elsewhere(owner, run_id, after):
-            yield event
-
-    async def _events_elsewhere(self, owner: str, run_id: str, after: int) -> AsyncGenerator[Event]:
-        run = await self.get(owner, run_id)
-        complete = run.options.resumable
-        while complete:
-            try:
-                events = await self._streams.read(run_id, after)
-            except (RedisError, OSError):
-                break
-            for event in events:
-                if event.id not in (after + 1, event.id // 1_000_000 * 1_000_000 + 1):
-                    complete = False  # what is missing cannot be told any more, but the end can
-                    break
-                after = event.id
-                yield event
-                if event.event == "end":
-                    return
-            if not events:
-                run = await self.get(owner, run_id)
-                if run.final:
-                    break
-                if (active := self._active.get(run_id)) is not None and active.log.reaches(after):
-                    async for event in self._events(owner, run_id, after):
+        """What the run told after this event, and then what it tells; ends with the run. Raises NotFound."""
+        run: Run | None = None
+        with self._listening(run_id) as told:
+            while True:
+                told.clear()
+                if (log := self._log_of(owner, run_id)) is not None and log.reaches(after):
+                    async for event in log.follow(after):
+                        after = event.id
                         yield event
+                        if event.event == "end":
+                            return
+                if self._closing:
                     return
-        while not run.final:
-            run = await self.wait(owner, run_id)
+                # It waits for its thread; or it runs, or ran, in another worker; or it goes on there.
+                try:
+                    run = await self.get(owner, run_id)
+                except (NotFound, StorageUnavailable) as error:
+                    if run is None:
+                        raise
+                    if isinstance(error, NotFound):
+                        break
+                waits = run.status == "pending"
+                if not (waits or run.options.resumable):
+                    break
+                try:
+                    while events := await self._read_streams(run_id, after, told):
+                        for event in events:
+                            if event.id not in (after + 1, event.id // ATTEMPT * ATTEMPT + 1):
+                                raise _Gap
+                            after = event.id
+                            yield event
+                            if event.event == "end":
+                                return
+                except _Gap:
+                    break  # what is missing cannot be told any more, but the end can
+                except (RedisError, OSError):
+                    if not waits:
+                        break
+                    # Nothing is missed before it runs, and it may come to run here.
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(told.wait(), POLL_SECONDS)
+                else:
+                    if run.final:
+                        break
+        run = await self._end_of(owner, run)
         for number, (name, data) in enumerate(_last_words(run), after + 1):
             yield Event(number, name, data)
+
+    def _log_of(self, owner: str, run_id: str) -> EventLog | None:
+        for here in (self._active.get(run_id), self._kept.get(run_id)):
+            if here is not None and here.run.owner == owner:
+                return here.log
+        return None
+
+    async def _read_streams(self, run_id: str, after: int, told: asyncio.Event) -> list[Event]:
+        """What other workers told; nothing after a second of silence, or when there is news of the run."""
+        read, news = asyncio.create_task(self._streams.read(run_id, after)), asyncio.create_task(told.wait())
+        try:
+            await asyncio.wait({read, news}, return_when=asyncio.FIRST_COMPLETED)
+            return read.result() if read.done() else []
+        finally:
+            read.cancel()
+            news.cancel()
+            await asyncio.gather(read, news, return_exceptions=True)
+
+    async def _end_of(self, owner: str, run: Run) -> Run:
+        try:
+            return run if run.final else await self.wait(owner, run.run_id)
+        except NotFound:
+            # Rolled back, or deleted with its thread.
+            return replace(run, status="interrupted", result=None, error=describe_failure(Cancelled()))
 
     # Waiting
 
@@ -549,9 +571,7 @@ class Engine:
             done = await asyncio.shield(active.done)
             if done is not None:
                 return done
-        told = asyncio.Event()
-        self._waiting.setdefault(run_id, set()).add(told)
-        try:
+        with self._listening(run_id) as told:
             run = await self._ledger.watch(run_id)
             while True:
                 if run is None or run.owner != owner:
@@ -569,6 +589,14 @@ class Engine:
                         await told.wait()
                 with contextlib.suppress(StorageUnavailable):
                     run = await self._ledger.find(run_id)
+
+    @contextlib.contextmanager
+    def _listening(self, run_id: str) -> Iterator[asyncio.Event]:
+        """An event that is set when the run comes to run here, and for those who watch it when it has ended."""
+        told = asyncio.Event()
+        self._waiting.setdefault(run_id, set()).add(told)
+        try:
+            yield told
         finally:
             self._waiting[run_id].discard(told)
             if not self._waiting[run_id]:
@@ -650,17 +678,16 @@ class Engine:
         configurable = {"thread_id": thread_id, "checkpoint_ns": ""}
         if checkpoint_id:
             configurable["checkpoint_id"] = checkpoint_id
-        outcome, batch = Outcome("success", "idle"), Batch()
+        # Where the change is refused, the thread stays what it was.
+        outcome, batch = Outcome("error", None), Batch()
         try:
-            saver = RunSaver(
-                self._saver, {"configurable": configurable}, run.run_id, {}, self._saving(run), history="step"
-            )
+            saver = RunSaver(self._saver, run.run_id, {}, self._saving(run), history="step")
             config: RunnableConfig = {"configurable": {**configurable, "__pregel_checkpointer": saver}}
             written = await self._graph.aupdate_state(config, values, as_node)
             config = {"configurable": {**written["configurable"], "__pregel_checkpointer": saver}}
-            if (await self._graph.aget_state(config)).next:
-                outcome = Outcome("success", "interrupted")
+            waits = bool((await self._graph.aget_state(config)).next)
             batch = saver.batch(final=True)
+            outcome = Outcome("success", "interrupted" if waits else "idle")
         except (TypeError, ValueError) as error:
             raise InvalidRequest("The state cannot be changed like this.") from error
         finally:
@@ -706,6 +733,11 @@ class Engine:
             for state, count in self._ledger.connections().items():
                 self._metrics.connections.labels(state).set(count)
             with contextlib.suppress(StorageUnavailable):
+                # A cancellation is told once on the channel, which may be broken at that moment.
+                if mine := [run_id for run_id, active in self._active.items() if active.reason is None]:
+                    for run_id in await self._ledger.to_stop(mine):
+                        if (stopped := self._active.get(run_id)) is not None:
+                            await self._obey(stopped)
                 # After Postgres was away, the others must have had time to show that they live.
                 others = time.monotonic() > self._in_touch_since + DEAD_SECONDS
                 left = await self._ledger.claim_left(
@@ -741,6 +773,13 @@ class Engine:
         for told in self._waiting.get(run_id, ()):
             told.set()
 
+    def _service_ended(self, service: asyncio.Task[None]) -> None:
+        """None of them ends by itself, and without any of them a worker fails those who count on it."""
+        if self._closing or service.cancelled():
+            return
+        logger.critical("the worker ends: a part of it failed", exc_info=service.exception())
+        signal.raise_signal(signal.SIGTERM)  # in order, and another one takes its place
+
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
@@ -767,7 +806,18 @@ class _Teller(EventLog):
         return added
 
 
-def _failure(error: ServiceError) -> dict[str, Any]:
+class _Gap(Exception):
+    """Redis lost events that come before those that it has."""
+
+
+def _is_permanent(error: StorageUnavailable) -> bool:
+    """Whether Postgres is there and refused what it was given."""
+    cause = error.__cause__
+    return isinstance(cause, psycopg.DatabaseError) and not isinstance(cause, psycopg.OperationalError)
+
+
+def describe_failure(error: ServiceError) -> dict[str, Any]:
+    """As a run keeps it."""
     failure = {"code": error.code, "message": error.message, "status": error.status}
     return failure | ({"retry_after": error.retry_after} if error.retry_after else {})
 
@@ -789,7 +839,8 @@ def _last_words(run: Run) -> list[tuple[str, Any]]:
             words.append(("usage", result["usage"]))
     else:
         told = run.error or {}
-        words.append(("error", {"code": told.get("code"), "message": told.get("message")}))
+        failure = {"code": told.get("code"), "message": told.get("message")}
+        words.append(("error", failure | ({"retry_after": told["retry_after"]} if told.get("retry_after") else {})))
     end: dict[str, Any] = {"status": run.status, "response": result.get("response", "")}
     if result.get("interrupts"):
         end["interrupts"] = result["interrupts"]
@@ -809,6 +860,7 @@ __all__ = [
     "RunOptions",
     "RunStatus",
     "Strategy",
+    "describe_failure",
     "failure_of",
     "new_run_id",
 ]

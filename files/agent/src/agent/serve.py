@@ -5,6 +5,7 @@ imported already, which takes seconds: the next one is there at once, and they s
 """
 
 import argparse
+import contextlib
 import ctypes
 import gc
 import logging
@@ -118,8 +119,9 @@ class Supervisor:
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self._stopping = True
-        for pid in self._workers:
-            os.kill(pid, signal.SIGTERM)
+        for pid in list(self._workers):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
 
 
 def _listen(host: str, port: int) -> socket.socket:

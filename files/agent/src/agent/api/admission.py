@@ -1,12 +1,18 @@
 """A run is let in by the limits before it is recorded, and its place is given back if it is not."""
 
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 from fastapi import Request
 
 from agent.auth import Principal
+from agent.errors import ServiceError
 from agent.ledger import bounded
 from agent.runs import Run, RunInput, RunOptions, new_run_id
+
+# A Postgres that hangs must not hold a client for as long as a turn may take.
+SUBMIT_SECONDS = 8.0
 
 
 async def submit(
@@ -20,7 +26,7 @@ async def submit(
     try:
         run: Run = await bounded(
             state.engine.submit(principal.name, thread_id, run_input, options, run_id=run_id, **more),
-            state.settings.turn_timeout_seconds,
+            min(state.settings.turn_timeout_seconds, SUBMIT_SECONDS),
         )
     except BaseException:
         await state.limiter.finish(principal.name, run_id)
@@ -29,3 +35,13 @@ async def submit(
         await state.limiter.finish(principal.name, run_id)
     request.state.log = {"thread_id": run.thread_id, "run_id": run.run_id}
     return run
+
+
+def canceller(request: Request, run: Run) -> Callable[[], Awaitable[None]]:
+    """What stops a run when the client that started it goes away, wherever it runs or waits."""
+
+    async def cancel() -> None:
+        with suppress(ServiceError):
+            await request.app.state.engine.cancel(run.owner, run.run_id)
+
+    return cancel

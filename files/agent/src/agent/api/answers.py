@@ -130,9 +130,14 @@ class Live(Response):
 class Attended(Response):
     """An answer that is worked on only while the client waits for it."""
 
-    def __init__(self, work: Callable[[], Coroutine[Any, Any, Response]]) -> None:
+    def __init__(
+        self,
+        work: Callable[[], Coroutine[Any, Any, Response]],
+        on_disconnect: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
         super().__init__()
         self._work = work
+        self._on_disconnect = on_disconnect
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         work = asyncio.create_task(self._work())
@@ -145,6 +150,8 @@ class Attended(Response):
                 work.cancel()
         if work.done():
             await work.result()(scope, receive, send)
+        elif self._on_disconnect:
+            await self._on_disconnect()
 
 
 def event_stream(

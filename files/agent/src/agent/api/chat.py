@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from agent.api.admission import submit
 from agent.api.answers import EVENTS, Json, event_stream, sse
 from agent.api.requests import owner, parse, read_body
+from agent.api.schemas import NOT_BLANK
 from agent.errors import InvalidJson, InvalidRequest, NotFound, UnsupportedMediaType
 from agent.events import ATTEMPT
 from agent.runs import Engine, Run, RunOptions, failure_of
@@ -27,7 +28,7 @@ GRACE_SECONDS = 0.5
 class ChatRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    message: Annotated[str, Field(description="Not blank.", json_schema_extra={"pattern": r"\S"})]
+    message: Annotated[str, Field(description="Not blank.", json_schema_extra={"pattern": NOT_BLANK})]
     thread_id: Annotated[str, Field(pattern=THREAD_ID)] | None = None
     turn_id: (
         Annotated[str, Field(pattern=TURN_ID, description="A second request with the same one adds no second turn.")]
@@ -69,8 +70,8 @@ async def chat_stream(request: Request) -> Response:
     """Give the agent a message and be told as the answer comes about.
 
     Events: `run` {run_id, thread_id}, `token` {text}, `tool` {name, id, state, status}, `status` {state}, `usage`, and
-    at the end `error` {code, message} or `end` {response}. After `status` {"state": "restarted"} the text since the
-    last tool comes anew.
+    at the end `error` {code, message, retry_after} or `end` {response}. After `status` {"state": "restarted"} the text
+    since the last tool comes anew.
     """
     asked = await _read(request)
     run = await _submit(request, asked, RunOptions(stream=("tokens", "tools"), resumable=True, history="turn"))
@@ -134,7 +135,7 @@ async def _read(request: Request) -> ChatRequest:
     except ValidationError as error:
         raise _explain(error) from None
     most = request.app.state.settings.max_message_chars
-    if not asked.message.strip() or len(asked.message) > most:
+    if not re.search(NOT_BLANK, asked.message) or len(asked.message) > most:
         raise InvalidRequest(f"message: must be a text of 1 to {most} characters, not blank, without NUL.")
     return asked
 

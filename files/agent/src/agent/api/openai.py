@@ -13,7 +13,7 @@ from fastapi import APIRouter, Header, Path, Request, Response
 from pydantic import AfterValidator, BaseModel, Field, StringConstraints
 from pydantic_core import PydanticCustomError
 
-from agent.api.admission import submit
+from agent.api.admission import canceller, submit
 from agent.api.answers import EVENTS, Attended, Json, dump, event_stream
 from agent.api.assistants import STARTED
 from agent.api.requests import JsonRoute, TurnId
@@ -188,7 +188,6 @@ async def complete(
     options = RunOptions(
         stream=("messages",) if asked.stream else ("updates",),
         waited=True,
-        on_disconnect="continue" if thread_id else "cancel",
         on_completion="keep" if thread_id else "delete",
         model=_parameters(asked, request.app.state.settings.max_tokens),
         metadata={**(asked.metadata or {}), **({"user": asked.user} if asked.user else {})},
@@ -196,10 +195,11 @@ async def complete(
     run = await submit(request, thread_id, {"messages": given[-1:] if thread_id else given}, options, turn_id=turn_id)
     engine: Engine = request.app.state.engine
     turn = Turn(engine, run)
+    gone = canceller(request, run) if run.created and not thread_id else None
     if asked.stream:
         with_usage = asked.stream_options is not None and asked.stream_options.include_usage
-        return event_stream(turn.chunks(with_usage=with_usage))
-    return Attended(turn.answer)
+        return event_stream(turn.chunks(with_usage=with_usage), on_disconnect=gone)
+    return Attended(turn.answer, gone)
 
 
 def _model() -> dict[str, Any]:
@@ -351,7 +351,7 @@ CODES = {ConversationTooLong.code: "context_length_exceeded", NotSupported.code:
 
 def _failure(told: dict[str, Any]) -> ServiceError:
     """The error that a run's event tells of. Events have no statuses, but each code has its own."""
-    error = ServiceError(told["message"])
+    error = ServiceError(told["message"], retry_after=told.get("retry_after"))
     error.code = told["code"]
     error.status = next((kind.status for kind in ServiceError.__subclasses__() if kind.code == error.code), 500)
     return error

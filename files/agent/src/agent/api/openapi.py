@@ -90,7 +90,9 @@ def _tell_failures(path: str, operation: dict[str, Any]) -> None:
         content = {"application/json": {"schema": {"$ref": REFERENCE.format(model=schema)}}}
         responses[str(status)] = {"description": SAYS[status], "content": content}
         if status in (429, 503):
-            responses[str(status)]["headers"] = {"Retry-After": {"schema": {"type": "integer"}}}
+            responses[str(status)]["headers"] = {
+                "Retry-After": {"required": True, "schema": {"type": "integer", "minimum": 1}}
+            }
 
 
 def allowed(app: FastAPI, path: str) -> list[str]:

@@ -1,7 +1,6 @@
 """Runs: a message or an answer given to a thread, and the work on it followed, waited for or stopped."""
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Mapping
 from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlencode
 from uuid import UUID
@@ -10,7 +9,7 @@ import psycopg
 from fastapi import APIRouter, Header, Query, Request, Response
 
 from agent.api import streams
-from agent.api.admission import submit
+from agent.api.admission import canceller, submit
 from agent.api.answers import EVENTS, Json, Live, dump, event_stream, late_json, pick
 from agent.api.assistants import check_assistant
 from agent.api.requests import JsonRoute, TurnId, owner
@@ -35,20 +34,22 @@ from agent.api.schemas import (
 )
 from agent.api.threads import check_checkpoint, config_of, text_of
 from agent.errors import InvalidRequest, MessageExists, NotFound, NothingWaits, ServiceError, StorageUnavailable
-from agent.runs import Engine, RunInput, RunOptions
+from agent.runs import Engine, RunInput, RunOptions, describe_failure
 from agent.runs import Run as StoredRun
 from agent.tools.approval import check_answer
 
 router = APIRouter(tags=["runs"], route_class=JsonRoute)
 
 ALL_MODES: tuple[StreamMode, ...] = ("values", "updates", "messages-tuple", "custom")
+# Above what any service allows. A client may write a number that no column holds.
+MAX_STEPS = 10_000
 NEW: dict[int | str, dict[str, Any]] = {404: {}, 409: {}, 429: {}}
 STATE: dict[int | str, dict[str, Any]] = {
     200: {"description": "The thread's values, or `__error__` with what went wrong."}
 }
 
 LastEventId = Annotated[
-    str, Header(alias="Last-Event-ID", pattern=r"^-?[0-9]{0,18}$", description="Only what came after this one.")
+    str, Header(alias="Last-Event-ID", pattern=r"^(-?[0-9]{1,18})?$", description="Only what came after this one.")
 ]
 
 
@@ -58,7 +59,7 @@ LastEventId = Annotated[
 @router.post("/threads/{thread_id}/runs", response_model=Run, responses=NEW)
 async def create_run(request: Request, thread_id: ThreadPath, asked: RunCreate, turn_id: TurnId = None) -> Json:
     """Start a run and do not wait for it."""
-    run = await _submit(request, thread_id, asked, _modes(asked) or ALL_MODES, turn_id)
+    run = await _submit(request, thread_id, asked, _modes(asked) or ALL_MODES, turn_id, resumable=True)
     return Json(describe_run(run), headers={"Content-Location": _path(run)})
 
 
@@ -66,14 +67,15 @@ async def create_run(request: Request, thread_id: ThreadPath, asked: RunCreate, 
 async def wait_for_run(request: Request, thread_id: ThreadPath, asked: RunCreate, turn_id: TurnId = None) -> Live:
     """Run and answer with what the thread then holds. Blank lines before it keep the connection open."""
     run = await _submit(request, thread_id, asked, _modes(asked), turn_id)
-    return _wait(request, run)
+    return _wait(request, run, cancel=_leaves(asked, run))
 
 
 @router.post("/threads/{thread_id}/runs/stream", response_class=Response, responses=EVENTS | NEW)
 async def stream_run(request: Request, thread_id: ThreadPath, asked: RunCreate, turn_id: TurnId = None) -> Live:
     """Run and tell what happens. Location takes up a stream that broke, with Last-Event-ID."""
     modes = _modes(asked) or ("values",)
-    return _stream(request, await _submit(request, thread_id, asked, modes, turn_id), modes)
+    run = await _submit(request, thread_id, asked, modes, turn_id)
+    return _stream(request, run, modes, cancel=_leaves(asked, run))
 
 
 @router.get("/threads/{thread_id}/runs", response_model=list[Run], responses={404: {}})
@@ -106,7 +108,7 @@ async def delete_run(request: Request, thread_id: ThreadPath, run_id: RunPath) -
 @router.get("/threads/{thread_id}/runs/{run_id:uuid}/join", response_model=dict[str, Any], responses=STATE | {404: {}})
 async def join_run(request: Request, thread_id: ThreadPath, run_id: RunPath) -> Live:
     """Wait for a run and answer as /runs/wait does."""
-    return _wait(request, await _find(request, thread_id, run_id))
+    return _wait(request, await _find(request, thread_id, run_id), cancel=False)
 
 
 @router.get("/threads/{thread_id}/runs/{run_id:uuid}/stream", response_class=Response, responses=EVENTS | {404: {}})
@@ -151,19 +153,21 @@ async def cancel_runs(request: Request, asked: RunsCancel, action: CancelAction 
 
 @router.post("/runs", response_model=Run, responses=NEW)
 async def create_stateless_run(request: Request, asked: StatelessRunCreate, turn_id: TurnId = None) -> Json:
-    run = await _submit_stateless(request, asked, _modes(asked) or ALL_MODES, turn_id)
+    run = await _submit_stateless(request, asked, _modes(asked) or ALL_MODES, turn_id, resumable=True)
     return Json(describe_run(run), headers={"Content-Location": _path(run)})
 
 
 @router.post("/runs/wait", response_model=dict[str, Any], responses=STATE | NEW)
 async def wait_for_stateless_run(request: Request, asked: StatelessRunCreate, turn_id: TurnId = None) -> Live:
-    return _wait(request, await _submit_stateless(request, asked, _modes(asked), turn_id))
+    run = await _submit_stateless(request, asked, _modes(asked), turn_id)
+    return _wait(request, run, cancel=_leaves(asked, run))
 
 
 @router.post("/runs/stream", response_class=Response, responses=EVENTS | NEW)
 async def stream_stateless_run(request: Request, asked: StatelessRunCreate, turn_id: TurnId = None) -> Live:
     modes = _modes(asked) or ("values",)
-    return _stream(request, await _submit_stateless(request, asked, modes, turn_id), modes)
+    run = await _submit_stateless(request, asked, modes, turn_id)
+    return _stream(request, run, modes, cancel=_leaves(asked, run))
 
 
 # How it is done
@@ -178,11 +182,18 @@ async def _find(request: Request, thread_id: str, run_id: UUID | str) -> StoredR
     run = await _engine(request).get(owner(request), str(run_id))
     if run.thread_id != thread_id:
         raise NotFound("There is no such run.")
+    request.state.log = {"thread_id": run.thread_id, "run_id": run.run_id}
     return run
 
 
 async def _submit(
-    request: Request, thread_id: str, asked: RunCreate, modes: tuple[StreamMode, ...], turn_id: str | None
+    request: Request,
+    thread_id: str,
+    asked: RunCreate,
+    modes: tuple[StreamMode, ...],
+    turn_id: str | None,
+    *,
+    resumable: bool = False,
 ) -> StoredRun:
     check_assistant(asked.assistant_id)
     checkpoint_id = check_checkpoint(thread_id, asked.checkpoint) or asked.checkpoint_id
@@ -199,7 +210,7 @@ async def _submit(
         request,
         thread_id,
         run_input,
-        _options(asked, modes, checkpoint_id=checkpoint_id),
+        _options(asked, modes, resumable=resumable, checkpoint_id=checkpoint_id),
         turn_id=turn_id,
         strategy=asked.multitask_strategy,
         create_thread=asked.if_not_exists == "create",
@@ -207,7 +218,12 @@ async def _submit(
 
 
 async def _submit_stateless(
-    request: Request, asked: StatelessRunCreate, modes: tuple[StreamMode, ...], turn_id: str | None
+    request: Request,
+    asked: StatelessRunCreate,
+    modes: tuple[StreamMode, ...],
+    turn_id: str | None,
+    *,
+    resumable: bool = False,
 ) -> StoredRun:
     check_assistant(asked.assistant_id)
     return await submit(
@@ -215,23 +231,28 @@ async def _submit_stateless(
         None,
         {"messages": messages(request, asked.input.messages)},
         # There will be no thread to see the values in.
-        _options(asked, (*modes, "values"), on_completion=asked.on_completion),
+        _options(asked, (*modes, "values"), resumable=resumable, on_completion=asked.on_completion),
         turn_id=turn_id,
     )
 
 
-def _options(asked: RunBase, modes: tuple[StreamMode, ...], **more: Any) -> RunOptions:
+def _options(asked: RunBase, modes: tuple[StreamMode, ...], *, resumable: bool, **more: Any) -> RunOptions:
     return RunOptions(
         stream=streams.sources(modes),
         subgraphs=asked.stream_subgraphs,
-        resumable=asked.stream_resumable,
-        on_disconnect=asked.on_disconnect,
-        recursion_limit=asked.config.recursion_limit if asked.config else None,
+        # What is only created is followed later, and perhaps through another worker.
+        resumable=resumable or asked.stream_resumable,
+        recursion_limit=_steps(asked),
         interrupt_before=_nodes(asked.interrupt_before),
         interrupt_after=_nodes(asked.interrupt_after),
         metadata=asked.metadata or {},
         **more,
     )
+
+
+def _steps(asked: RunBase) -> int | None:
+    limit = asked.config.recursion_limit if asked.config else None
+    return min(limit, MAX_STEPS) if limit else None
 
 
 def _nodes(names: Literal["*"] | list[Node] | None) -> tuple[str, ...]:
@@ -315,26 +336,23 @@ def _stream(
     return event_stream(
         streams.stream(_engine(request), owner(request), run.run_id, modes, after),
         {"Location": location, "Content-Location": _path(run)},
-        _canceller(request, run) if cancel else None,
+        canceller(request, run) if cancel else None,
     )
 
 
-def _canceller(request: Request, run: StoredRun) -> Callable[[], Awaitable[None]]:
-    async def cancel() -> None:
-        with suppress(ServiceError):
-            await _engine(request).cancel(owner(request), run.run_id)
-
-    return cancel
+def _leaves(asked: RunBase, run: StoredRun) -> bool:
+    """Whether the run is to be cancelled when this client goes away, who must be the one that started it."""
+    return run.created and asked.on_disconnect == "cancel"
 
 
-def _wait(request: Request, run: StoredRun) -> Live:
+def _wait(request: Request, run: StoredRun, *, cancel: bool) -> Live:
     async def answer() -> AsyncGenerator[bytes]:
         yield dump(await _outcome(request, run))
 
     return late_json(
         answer(),
         {"Location": f"{_path(run)}/join", "Content-Location": _path(run)},
-        _canceller(request, run) if run.options.on_disconnect == "cancel" else None,
+        canceller(request, run) if cancel else None,
     )
 
 
@@ -351,7 +369,7 @@ async def _outcome(request: Request, run: StoredRun) -> Any:
         error: ServiceError = StorageUnavailable()
     except ServiceError as raised:
         error = raised
-    return {"__error__": {"error": error.code, "message": error.message}}
+    return {"__error__": streams.describe_error(describe_failure(error))}
 
 
 async def _values(request: Request, run: StoredRun) -> dict[str, Any]:

@@ -12,7 +12,8 @@ ASSISTANT_ID = str(uuid5(UUID("6ba7b821-9dad-11d1-80b4-00c04fd430c8"), GRAPH_ID)
 
 THREAD_ID = r"^[A-Za-z0-9_-]{1,64}$"
 UUID_TEXT = r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
-NOT_BLANK = r"\S"
+# What is white differs from one dialect of patterns to the next; here it is what any of them says.
+NOT_BLANK = r"[^\s\x1c-\x1f\x85\ufeff]"
 
 ThreadId = Annotated[str, StringConstraints(pattern=THREAD_ID)]
 Uuid = Annotated[str, StringConstraints(pattern=UUID_TEXT)]

@@ -134,4 +134,5 @@ async def last_values(engine: Engine, owner: str, run_id: str) -> dict[str, Any]
 
 
 def describe_error(error: Mapping[str, Any]) -> dict[str, Any]:
-    return {"error": error["code"], "message": error["message"]}
+    told = {"error": error["code"], "message": error["message"]}
+    return told | ({"retry_after": error["retry_after"]} if error.get("retry_after") else {})

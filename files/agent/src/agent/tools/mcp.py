@@ -9,6 +9,7 @@ from langchain_core.tools import BaseTool
 from langchain_mcp_adapters.client import MultiServerMCPClient
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
+from agent.metrics import gauge
 from agent.tools.plugins import TOOL_NAME
 from agent.tools.toolbox import Toolbox
 
@@ -52,7 +53,11 @@ class McpServers:
         )
         self._tasks: list[asyncio.Task[None]] = []
         self._up = Gauge(
-            "agent_mcp_server_up", "1 if the last listing of its tools succeeded", ("server",), registry=registry
+            "agent_mcp_server_up",
+            "1 if the last listing of its tools succeeded",
+            ("server",),
+            **gauge("mostrecent"),
+            registry=registry,
         )
         self._failures = Counter(
             "agent_mcp_failures", "Failed listings of an MCP server's tools", ("server",), registry=registry
