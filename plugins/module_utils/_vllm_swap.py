@@ -14,7 +14,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Protocol
 
 SLOTS = ("blue", "green")
@@ -64,11 +64,11 @@ class State:
 
     @classmethod
     def from_json(cls, text: str) -> State:
-        """Raises SwapError for a file that no run of this can have written."""
+        """Raises SwapError for a file that no run of this can have written. What another version added is left out."""
         try:
             data = json.loads(text)
-            slots = {name: Slot(**slot) for name, slot in data.pop("slots").items()}
-            state = cls(slots=slots, **data)
+            slots = {name: Slot(**_known(Slot, slot)) for name, slot in data.pop("slots").items()}
+            state = cls(slots=slots, **_known(cls, data))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise SwapError(f"the record of the slots cannot be read: {error}") from error
         if any(name not in SLOTS for name in [*slots, *filter(None, (state.active, state.target))]):
@@ -533,6 +533,11 @@ class Swap:
         if self._held_since is not None:
             self.held = max(self.held, traffic.held)
         self.report(phase, traffic)
+
+
+def _known(of: type, data: dict[str, Any]) -> dict[str, Any]:
+    names = {entry.name for entry in fields(of)}
+    return {name: value for name, value in data.items() if name in names}
 
 
 def _other(slot: str) -> str:

@@ -601,7 +601,13 @@ def test_killed_while_it_recovers(step: int) -> None:
     check_serves(world, "new")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"slots": {"red": {}}}', '{"slots": {}, "active": "red"}', '{"slots": {}, "more": 1}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"slots": {"red": {}}}', '{"slots": {}, "active": "red"}', '{"slots": {}, "active": "blue"}'])
 def test_a_record_that_cannot_be_read(text: str) -> None:
     with pytest.raises(SwapError):
         State.from_json(text)
+
+
+def test_a_record_of_another_version() -> None:
+    """An upgrade, or a step back, must not make a host that serves unusable."""
+    text = '{"slots": {"blue": {"model": "m", "digest": "d", "slept_before": true}}, "active": "blue", "more": 1}'
+    assert State.from_json(text).slots["blue"].model == "m"
