@@ -45,6 +45,7 @@ lint: venv
 	cd files/agent && ruff check . && ruff format --check .
 	mypy tools plugins/plugin_utils plugins/module_utils plugins/modules plugins/lookup plugins/action bench/gpu_plan_compare.py tests/unit tests/system tests/testinfra tests/promtool tests/host tests/hosts tests/nvidia tests/swap bench/swap.py bench/gpu_swap.py
 	yamllint --strict .
+	antsibull-changelog lint
 	ansible-lint --strict --offline
 
 ## make unit          tables over the plugins, role specifications against defaults, metric names, nginx's configuration

@@ -40,6 +40,8 @@ SECRETS = INVENTORY / "group_vars" / "all" / "secrets.yml"
 STATE = ROOT / ".demo"
 CA_FILE = STATE / "ca.pem"
 MACHINE = ROOT / ".cache" / "machine.json"
+# What the slots of the model hold, on the host.
+SLOTS = "/var/lib/agent-stack/vllm/swap.json"
 # A task that prints nothing for this long gets a line that says that it is still at work.
 QUIET_SECONDS = 15
 
@@ -85,9 +87,15 @@ def play() -> None:
 
     threading.Thread(target=watch, daemon=True).start()
     assert process.stdout is not None
-    for line in process.stdout:
-        last_output = time.monotonic()
-        print(line, end="", flush=True)
+    try:
+        for line in process.stdout:
+            last_output = time.monotonic()
+            print(line, end="", flush=True)
+    except KeyboardInterrupt:
+        # A play that nobody sees must not go on.
+        process.terminate()
+        process.wait()
+        raise
     if process.wait() != 0:
         raise DemoError("The play failed; its last lines above say where.")
 
@@ -128,10 +136,20 @@ def request(port: int, path: str, body: dict[str, Any] | None = None, password: 
     return status, json.loads(text)
 
 
+def active_slot() -> str:
+    """Return the slot whose model serves: after a change of the model or its settings it is the other one. Raises DemoError."""
+    slot: str = json.loads(on_host("cat", SLOTS))["active"]
+    if not slot:
+        raise DemoError(f"No model serves: {SLOTS} on the host names no active slot.")
+    return slot
+
+
 def model_counters() -> dict[str, float]:
     """Return vLLM's own counts of prompt and generated tokens."""
     script = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:8000/metrics', timeout=10).read().decode())"
-    text = on_host("docker", "exec", "agent-stack-vllm-blue-server-1", "python3", "-c", script)
+    slot = active_slot()
+    with ask_of(f"vllm-{slot}", "server"):
+        text = on_host("docker", "exec", f"agent-stack-vllm-{slot}-server-1", "python3", "-c", script)
     return {name: sum(map(float, re.findall(rf"^vllm:{name}_total{{.*}} (\S+)$", text, re.M))) for name in ("prompt_tokens", "generation_tokens")}
 
 
@@ -143,16 +161,32 @@ def chat(port: int, password: str, message: str, thread_id: str | None = None) -
     status, answer = request(port, "/chat", body, password)
     seconds = time.monotonic() - started
     if status != 200 or not answer.get("response"):
-        raise DemoError(f"POST /chat answered {status}: {answer}\n{logs('agent', 'agent')}")
+        raise DemoError(f"POST /chat answered {status}: {answer}")
     after = model_counters()
     print(f"   > {message}\n   < {answer['response'][:300]!r}", flush=True)
     return answer, {name: after[name] - before[name] for name in after}, seconds
 
 
 def logs(component: str, service: str) -> str:
-    """Return the last lines of a service's log, for an error message."""
-    file = f"/opt/agent-stack/{component}/compose.yml"
-    return f"Last lines of {component}:\n" + on_host("docker", "compose", "--file", file, "logs", "--no-color", "--tail", "20", service)
+    """Return the last lines of a service's log, for an error message. Raises nothing: the error that it is for matters more."""
+    try:
+        return on_host("docker", "compose", "--file", f"/opt/agent-stack/{component}/compose.yml", "logs", "--no-color", "--tail", "20", service)
+    except test_host.HostError as error:
+        return f"They cannot be read: {error}"
+
+
+@contextmanager
+def ask_of(component: str, service: str) -> Iterator[None]:
+    """Whatever goes wrong inside is told in one sentence, with the last lines of the service that was asked."""
+    try:
+        yield
+    except Exception as error:
+        raise DemoError(f"{sentence(error)}\nLast lines of {service}:\n{logs(component, service)}") from error
+
+
+def sentence(error: BaseException) -> str:
+    """Say what went wrong. Our own errors are sentences already; of others the kind is the better half of what they say."""
+    return str(error) if isinstance(error, DemoError | test_host.HostError) else f"{type(error).__name__}: {error}"
 
 
 def expect(claim: str, found: object, good: bool) -> None:
@@ -164,29 +198,32 @@ def expect(claim: str, found: object, good: bool) -> None:
 
 def prove(port: int, password: str) -> float:
     """Talk to the stack as a user does, and look at the traces. Return generated tokens per second."""
-    status, _ = request(port, "/health")
-    expect("GET /health answers without a login", status, status == 200)
-    status, _ = request(port, "/chat", {"message": "hello"})
-    expect("POST /chat wants a login", status, status == 401)
-    status, _ = request(port, "/v1/models", password=password)
-    expect("/v1/ is closed", status, status in {403, 404})
+    with ask_of("agent", "agent"):
+        status, _ = request(port, "/health")
+        expect("GET /health answers without a login", status, status == 200)
+        status, _ = request(port, "/chat", {"message": "hello"})
+        expect("POST /chat wants a login", status, status == 401)
+        status, _ = request(port, "/v1/models", password=password)
+        expect("/v1/ is closed", status, status in {403, 404})
 
-    first, first_tokens, first_seconds = chat(port, password, "My name is Ada and I live in Turin. What is the capital of France?")
-    second, second_tokens, second_seconds = chat(port, password, "Where do I live?", first["thread_id"])
-    expect("the follow-up stays on its thread", second["thread_id"], second["thread_id"] == first["thread_id"])
-    history = first_tokens["prompt_tokens"] + first_tokens["generation_tokens"]
-    found = f"{second_tokens['prompt_tokens']:.0f} prompt tokens after {history:.0f} in the first turn"
-    expect("the earlier turn reaches the model", found, second_tokens["prompt_tokens"] >= history)
+        first, first_tokens, first_seconds = chat(port, password, "My name is Ada and I live in Turin. What is the capital of France?")
+        second, second_tokens, second_seconds = chat(port, password, "Where do I live?", first["thread_id"])
+        expect("the follow-up stays on its thread", second["thread_id"], second["thread_id"] == first["thread_id"])
+        history = first_tokens["prompt_tokens"] + first_tokens["generation_tokens"]
+        found = f"{second_tokens['prompt_tokens']:.0f} prompt tokens after {history:.0f} in the first turn"
+        expect("the earlier turn reaches the model", found, second_tokens["prompt_tokens"] >= history)
 
-    # The id is the agent's own answer.
-    query = f"SELECT count(*) FROM checkpoints WHERE thread_id = '{first['thread_id']}'"  # noqa: S608
-    container = "agent-stack-postgres-postgres-1"
-    rows = on_host("docker", "exec", "-i", container, "psql", "--username=postgres", "--dbname=agent", "-At", stdin=query)
-    expect("the conversation is in Postgres", f"{rows} rows in checkpoints", int(rows) > 0)
+    with ask_of("postgres", "postgres"):
+        # The id is the agent's own answer.
+        query = f"SELECT count(*) FROM checkpoints WHERE thread_id = '{first['thread_id']}'"  # noqa: S608
+        container = "agent-stack-postgres-postgres-1"
+        rows = on_host("docker", "exec", "-i", container, "psql", "--username=postgres", "--dbname=agent", "-At", stdin=query)
+        expect("the conversation is in Postgres", f"{rows} rows in checkpoints", int(rows) > 0)
 
-    targets = json.loads(on_host("curl", "--silent", "--fail", "http://127.0.0.1:9090/api/v1/targets"))["data"]["activeTargets"]
-    down = [f"{target['labels']['job']}: {target['lastError']}" for target in targets if target["health"] != "up"]
-    expect("all Prometheus targets are up", ", ".join(down) or f"{len(targets)} targets", bool(targets) and not down)
+    with ask_of("monitoring", "prometheus"):
+        targets = json.loads(on_host("curl", "--silent", "--fail", "http://127.0.0.1:9090/api/v1/targets"))["data"]["activeTargets"]
+        down = [f"{target['labels']['job']}: {target['lastError']}" for target in targets if target["health"] != "up"]
+        expect("all Prometheus targets are up", ", ".join(down) or f"{len(targets)} targets", bool(targets) and not down)
 
     listeners = on_host("ss", "--listening", "--tcp", "--numeric", "--no-header").splitlines()
     addresses = {line.split()[3] for line in listeners}
@@ -217,10 +254,11 @@ def run(port: int) -> None:
 
 
 def clean(_port: int) -> None:
-    test_host.down(NAME)
+    # Files first: they can go without an engine.
     shutil.rmtree(STATE, ignore_errors=True)
     for file in (SECRETS, SECRETS.with_name("api_keys.yml")):
         file.unlink(missing_ok=True)
+    test_host.down(NAME)
 
 
 def main() -> int:
@@ -231,11 +269,11 @@ def main() -> int:
     commands: dict[str, Callable[[int], None]] = {"run": run, "clean": clean}
     try:
         commands[arguments.command](arguments.port)
-    except (DemoError, test_host.HostError) as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        return 1
-    except (OSError, ValueError, KeyError) as error:
-        print(f"\nerror: {type(error).__name__}: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("\ninterrupted: `make demo` goes on from here, `make demo-clean` removes what there is.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        print(f"\nerror: {sentence(error)}", file=sys.stderr)
         return 1
     return 0
 

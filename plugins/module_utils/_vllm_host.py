@@ -391,10 +391,6 @@ class DockerHost:
     def promote(self, slot: str) -> bool:
         changed = self._restart_policy(slot, "unless-stopped")
         changed = self._stand_by(slot, False) or changed
-        if self.run("systemctl", "is-enabled", unit(slot), check=False).returncode != 0:
-            # A reload of all units can cost running containers their GPU, and a link needs none.
-            self.run("systemctl", "enable", "--no-reload", unit(slot))
-            changed = True
         if self.run("systemctl", "is-active", unit(slot), check=False).stdout.strip() not in ("active", "activating"):
             # It only finds what runs already. Nobody waits for it to see that.
             self.run("systemctl", "start", "--no-block", unit(slot))
@@ -402,13 +398,14 @@ class DockerHost:
         return changed
 
     def demote(self, slot: str) -> bool:
-        if self.run("systemctl", "is-enabled", unit(slot), check=False).returncode == 0:
-            self.run("systemctl", "disable", "--no-reload", unit(slot))
         changed = self._stand_by(slot, True)
         return self._restart_policy(slot, "no") or changed
 
     def _stand_by(self, slot: str, wanted: bool) -> bool:
-        """The mark keeps the slot's unit from starting it, whoever restarts the target."""
+        """The mark keeps the slot's unit from starting it, on boot and with the target, which wants both slots.
+
+        Enabling and disabling units instead would need reloads of systemd, and those can cost running containers their GPU.
+        """
         mark = self.paths.project(slot) / "standby"
         if not self.paths.project(slot).is_dir() or mark.exists() == wanted:
             return False

@@ -8,7 +8,7 @@ from __future__ import annotations
 DOCUMENTATION = r"""
 module: vllm_swap
 short_description: Change the model that serves, with no request lost
-version_added: 0.3.0
+version_added: 0.2.0
 description:
   - One operation that can be repeated, and that only one run at a time does. It starts the new model in the slot that does not serve, judges it as
     M(selfhosted.agent_stack.vllm_health) does, sends new requests to it, lets the old one finish what it has, and keeps that for a rollback.

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+DOCKERD_LOG = Path("/var/log/agent-stack-test-dockerd.log")
 LABEL = "org.agent-stack.test-host"
 BASE = "agent-stack-test/base:trixie"
 # `--privileged` asks for CAP_SYS_RESOURCE, which an unprivileged or nested engine cannot give.
@@ -43,7 +44,10 @@ class HostError(Exception):
 
 def run(*command: str, check: bool = True, stdin: str | None = None) -> str:
     """Run a command and return its output; raise HostError with the last lines of it."""
-    result = subprocess.run(command, capture_output=True, text=True, check=False, input=stdin)
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False, input=stdin)
+    except OSError as error:
+        raise HostError(f"`{command[0]}` cannot be run: {error.strerror}.") from error
     if check and result.returncode != 0:
         tail = "\n".join((result.stdout + result.stderr).splitlines()[-20:])
         raise HostError(f"`{' '.join(command[:6])} ...` exited with {result.returncode}:\n{tail}")
@@ -64,13 +68,14 @@ def engine() -> None:
         run("systemctl", "start", "docker")
     else:
         # No init system to keep it: a session of its own lets the daemon outlive this program.
-        with open("/var/log/agent-stack-test-dockerd.log", "ab") as log:
+        with DOCKERD_LOG.open("ab") as log:
             subprocess.Popen(["dockerd"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
     for _ in range(60):
         if _engine_answers():
             return
         time.sleep(1)
-    raise HostError("The Docker engine was started, but does not answer `docker info` after 60 s.")
+    log_lines = DOCKERD_LOG.read_text(errors="replace").splitlines()[-20:] if DOCKERD_LOG.exists() else ["None: see `journalctl -u docker`."]
+    raise HostError("\n".join(["The Docker engine was started, but does not answer `docker info` after 60 s. Its last log lines:", *log_lines]))
 
 
 def up(name: str, domain: str, publish: list[str]) -> bool:
@@ -93,8 +98,10 @@ def up(name: str, domain: str, publish: list[str]) -> bool:
 
 def down(name: str) -> None:
     """Remove the host, its volume and the images that only test hosts use."""
-    if not _engine_answers():
+    if shutil.which("docker") is None:
         return
+    if not _engine_answers():
+        raise HostError(f"No Docker engine answers `docker info`, so it is not known whether it keeps the test host {name}. Start Docker and repeat this.")
     run("docker", "container", "rm", "--force", "--volumes", name, check=False)
     run("docker", "volume", "rm", "--force", f"{name}-docker", check=False)
     if not run("docker", "container", "ls", "--all", "--quiet", "--filter", f"label={LABEL}"):
@@ -175,6 +182,9 @@ def main() -> int:
     except HostError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -28,8 +28,8 @@ def check_serves(model: str) -> None:
     assert record["target"] == ""
     assert record["slots"][active]["model"] == f"/srv/models/{model}"
     for slot in ("blue", "green"):
-        unit = f"agent-stack@vllm-{slot}.service"
-        assert (HOST.on_host("systemctl", "is-enabled", unit, check=False) == "enabled") == (slot == active)
+        marked = HOST.on_host("ls", f"/opt/agent-stack/vllm-{slot}/standby", check=False) != ""
+        assert marked == (slot in record["slots"] and slot != active)
         policy = HOST.on_host("docker", "inspect", "--format", "{{.HostConfig.RestartPolicy.Name}}", f"agent-stack-vllm-{slot}-server-1", check=False)
         assert policy in (("unless-stopped",) if slot == active else ("no", ""))
     kept = HOST.on_host("cat", "/opt/agent-stack/vllm/servers/servers.cfg")
@@ -230,7 +230,13 @@ def recoveries() -> int:
 def test_a_restarted_target_starts_only_what_serves() -> None:
     settled("first")
     assert HOST.swap("second", "hold_and_recreate").returncode == 0
-    HOST.on_host("systemctl", "restart", "agent-stack.target")
+    # What systemd was told before the swap must not count.
+    HOST.on_host("systemctl", "stop", "agent-stack.target")
+    deadline = time.monotonic() + 90
+    while HOST.on_host("docker", "ps", "--quiet"):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    HOST.on_host("systemctl", "start", "agent-stack.target")
     deadline = time.monotonic() + 60
     while HOST.on_host("systemctl", "is-active", f"agent-stack@vllm-{HOST.state()['active']}", check=False) != "active":
         assert time.monotonic() < deadline

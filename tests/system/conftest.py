@@ -83,7 +83,7 @@ def containers(on_host: Callable[..., str]) -> Callable[[], dict[str, dict[str, 
 
     def inspect() -> dict[str, dict[str, Any]]:
         ids = on_host("docker", "ps", "--quiet").split()
-        return {item["Name"].lstrip("/"): item for item in json.loads(on_host("docker", "inspect", *ids))}
+        return {item["Name"].lstrip("/"): item for item in json.loads(on_host("docker", "inspect", *ids))} if ids else {}
 
     return inspect
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
+
+import pytest
 
 from .conftest import Play
 
@@ -24,12 +27,16 @@ def test_second_run_changes_nothing_and_restarts_nothing(play: Callable[..., Pla
     assert result.seconds < SECONDS
 
 
-def test_one_role_alone(play: Callable[..., Play]) -> None:
-    result = play("--tags", "redis")
+# A component in containers, and a service of the host.
+@pytest.mark.parametrize("role", ["redis", "nginx_certbot"])
+def test_one_role_alone(play: Callable[..., Play], role: str) -> None:
+    result = play("--tags", role)
     assert result.returncode == 0, result.output[-3000:]
     assert result.recap["changed"] == 0
-    assert "selfhosted.agent_stack.redis : Verify" in result.output
-    assert "selfhosted.agent_stack.postgres : Configure" not in result.output
+    # Every role's inputs are checked, whatever the tag is.
+    roles = set(re.findall(r"^TASK \[selfhosted\.agent_stack\.(\w+) : (?!Check|Validating)", result.output, re.M))
+    assert roles - {"agent_stack"} == {role}
+    assert f"selfhosted.agent_stack.{role} : Verify" in result.output
 
 
 def test_check_mode_sees_what_would_change(play: Callable[..., Play], containers: Callable[[], dict[str, dict[str, Any]]]) -> None:

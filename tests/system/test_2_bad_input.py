@@ -12,6 +12,7 @@ import pytest
 
 from .conftest import Play
 
+DAEMON_JSON = "/etc/docker/daemon.json"
 INVENTORY_CASES = [
     ({"agent_stack_domain": ""}, 'agent_stack_domain is "" allowed is a DNS name'),
     ({"agent_stack_domain": "agent example.com"}, 'agent_stack_domain is "agent example.com" allowed is a DNS name'),
@@ -52,6 +53,19 @@ def test_missing_required_value(play: Callable[..., Play], tmp_path: Path, name:
     assert result.returncode != 0
     assert result.recap["changed"] == 0
     assert f"missing required arguments: {name}" in " ".join(result.output.split())
+
+
+def test_a_broken_daemon_json_is_refused_and_left_alone(play: Callable[..., Play], on_host: Callable[..., str]) -> None:
+    broken = '{"log-driver": "json-file",}'
+    on_host("cp", "--archive", DAEMON_JSON, f"{DAEMON_JSON}.drill")
+    try:
+        on_host("tee", DAEMON_JSON, stdin=broken)
+        result = play("--tags", "docker")
+        assert (result.returncode, result.recap["changed"]) == (2, 0), result.output[-3000:]
+        assert f"{DAEMON_JSON} on the host is not a JSON object. Repair it or move it away; it was not changed." in " ".join(result.output.split())
+        assert on_host("cat", DAEMON_JSON) == broken
+    finally:
+        on_host("mv", f"{DAEMON_JSON}.drill", DAEMON_JSON)
 
 
 CHAT_CASES = {

@@ -7,14 +7,19 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import demo
 import pytest
 
 from .conftest import Play
 
 Containers = Callable[[], dict[str, dict[str, Any]]]
 OPEN_PORTS = {22, 80, 443}
-# A rotated password with everything that quotes badly. It doubles as the canary that must appear nowhere.
+# Rotated passwords, with everything that quotes badly. They double as the canary that must appear nowhere.
+ROTATED = ("postgres_agent_password", "postgres_exporter_password", "redis_agent_password", "redis_exporter_password", "nginx_certbot_password")
 ODD = "q$z'w\"e\\r#t%y@u:i/o{p}a s"
+
+# The demo's model comes from a package, so nobody is ever sent this.
+TOKEN = "hf_0123456789canary0123456789canary0123"
 
 
 def test_only_the_front_door_listens(on_host: Callable[..., str]) -> None:
@@ -66,7 +71,8 @@ except OSError as error:
         ("http://gateway.inference.internal:8000/v1/models", "200"),
         ("http://gateway.inference.internal:8000/metrics", "404"),
         ("http://gateway.inference.internal:8000/invocations", "404"),
-        ("http://vllm:8000/v1/models", "unreachable"),
+        ("http://blue.model.internal:8000/v1/models", "unreachable"),
+        ("http://green.model.internal:8000/v1/models", "unreachable"),
         ("http://1.1.1.1/", "unreachable"),
     ],
 )
@@ -75,10 +81,15 @@ def test_what_the_agent_reaches(on_host: Callable[..., str], url: str, answer: s
 
 
 def test_the_model_has_no_way_out_and_nobody_else_reaches_it(on_host: Callable[..., str], containers: Containers) -> None:
-    assert python_in(on_host, "agent-stack-vllm-blue-server-1", STATUS.format(url="http://1.1.1.1/")) == "unreachable"
+    server = f"agent-stack-vllm-{demo.active_slot()}-server-1"
+    assert python_in(on_host, server, STATUS.format(url="http://1.1.1.1/")) == "unreachable"
+    address = containers()[server]["NetworkSettings"]["Networks"]["agent-stack-model"]["IPAddress"]
+    models = STATUS.format(url=f"http://{address}:8000/v1/models")
+    assert python_in(on_host, server, models) == "200"
+    assert python_in(on_host, "agent-stack-agent-agent-1", models) == "unreachable"
     networks = {name: set(item["NetworkSettings"]["Networks"]) for name, item in containers().items()}
     gateway = containers()["agent-stack-vllm-gateway-1"]["NetworkSettings"]["Networks"]
-    assert {name for name, joined in networks.items() if "agent-stack-model" in joined} == {"agent-stack-vllm-blue-server-1", "agent-stack-vllm-gateway-1"}
+    assert {name for name, joined in networks.items() if "agent-stack-model" in joined} == {server, "agent-stack-vllm-gateway-1"}
     assert {name for name, joined in networks.items() if "agent-stack-inference" in joined} == {
         "agent-stack-agent-agent-1",
         "agent-stack-vllm-gateway-1",
@@ -124,8 +135,10 @@ def test_rotation_takes_effect_and_leaves_no_trace(
     wait_until_ready: Callable[[float], float],
 ) -> None:
     variables = tmp_path / "rotated.json"
-    variables.write_text(json.dumps(dict.fromkeys(("postgres_agent_password", "redis_agent_password", "nginx_certbot_password"), ODD)))
-    tags = ("--tags", "postgres,redis,agent,nginx_certbot")
+    variables.write_text(json.dumps({**dict.fromkeys(ROTATED, ODD), "vllm_hf_token": TOKEN}))
+    tags = ("--tags", "postgres,redis,vllm,agent,nginx_certbot,monitoring")
+    server = f"agent-stack-vllm-{demo.active_slot()}-server-1"
+    model = containers()[server]["State"]["StartedAt"]
     result = play(*tags, "-vvv", "--diff", "-e", f"@{variables}")
     try:
         assert result.returncode == 0, result.output[-3000:]
@@ -133,8 +146,15 @@ def test_rotation_takes_effect_and_leaves_no_trace(
         wait_until_ready(60)
         logins = [on_host("curl", "--config", "-", stdin=curl_config(password)) for password in (ODD, secrets["nginx_certbot_password"])]
         assert logins == ["422", "401"]
+        # An exporter that cannot log in answers all the same, and says so.
+        for name, url in {"pg_up": "http://postgres-exporter:9187/metrics", "redis_up": "http://redis-exporter:9121/metrics"}.items():
+            text = python_in(on_host, "agent-stack-agent-agent-1", f"import urllib.request as u; print(u.urlopen({url!r}, timeout=10).read().decode())")
+            assert re.findall(rf"^{name} (\d+)$", text, re.M) == ["1"]
+        # The one secret whose reader, which fetches the model, does not run: nothing else shows that it arrived.
+        file = "/opt/agent-stack/vllm/fetch/secrets/hf_token"
+        assert (on_host("cat", file), on_host("stat", "--format", "%a %u %g", file)) == (TOKEN, "400 10001 10001")
         places = {"the play's output": result.output, **traces(on_host, containers)}
-        found = {place for place, text in places.items() for secret in (ODD, *secrets.values()) for form in forms(secret) if form in text}
+        found = {place for place, text in places.items() for secret in (ODD, TOKEN, *secrets.values()) for form in forms(secret) if form in text}
         assert found == set()
         again = play(*tags, "-e", f"@{variables}")
         assert again.recap["changed"] == 0, again.output[-6000:]
@@ -142,6 +162,7 @@ def test_rotation_takes_effect_and_leaves_no_trace(
         back = play(*tags)
     assert back.returncode == 0, back.output[-3000:]
     wait_until_ready(60)
+    assert containers()[server]["State"]["StartedAt"] == model
 
 
 def curl_config(password: str) -> str:

@@ -33,7 +33,7 @@ def test_killed_containers_come_back(on_host: Callable[..., str], containers: Co
         durations[name] = round(time.monotonic() - started, 1)
         assert durations[name] < SECONDS, durations
     print(f"back after: {durations}")
-    assert {"agent-stack-vllm-blue-server-1", "agent-stack-postgres-postgres-1", "agent-stack-agent-agent-1"} <= set(durations)
+    assert {f"agent-stack-vllm-{demo.active_slot()}-server-1", "agent-stack-postgres-postgres-1", "agent-stack-agent-agent-1"} <= set(durations)
 
 
 def test_restarted_host_brings_everything_back(on_host: Callable[..., str], containers: Containers, wait_until_ready: Callable[[float], float]) -> None:
@@ -50,7 +50,7 @@ def test_restarted_host_brings_everything_back(on_host: Callable[..., str], cont
     while set(containers()) != before and time.monotonic() < deadline:
         time.sleep(1)
     assert set(containers()) == before
-    for component in ("postgres", "redis", "vllm", "vllm-blue", "agent", "monitoring"):
+    for component in ("postgres", "redis", "vllm", f"vllm-{demo.active_slot()}", "agent", "monitoring"):
         unit = f"agent-stack@{component}.service"
         while on_host("systemctl", "is-active", unit, check=False) == "activating" and time.monotonic() < deadline:
             time.sleep(1)
@@ -58,12 +58,34 @@ def test_restarted_host_brings_everything_back(on_host: Callable[..., str], cont
     assert int(on_host(*count, stdin="SELECT count(*) FROM checkpoints")) == rows
 
 
-def test_stop_and_start_by_systemd(on_host: Callable[..., str], containers: Containers, wait_until_ready: Callable[[float], float]) -> None:
-    on_host("systemctl", "stop", "agent-stack@redis.service")
-    assert "agent-stack-redis-redis-1" not in containers()
-    on_host("systemctl", "start", "agent-stack@redis.service")
-    assert "agent-stack-redis-redis-1" in containers()
-    before = containers()["agent-stack-redis-redis-1"]["State"]["StartedAt"]
+def starts(containers: Containers) -> dict[str, str]:
+    return {name: item["State"]["StartedAt"] for name, item in containers().items()}
+
+
+def test_systemd_stops_starts_and_restarts_the_whole(on_host: Callable[..., str], containers: Containers, wait_until_ready: Callable[[float], float]) -> None:
+    """The same containers come back, so one model and not two; start and restart return when they are healthy, stop returns at once."""
+    before = starts(containers)
+    slot = demo.active_slot()
+    on_host("systemctl", "stop", "agent-stack.target")
+    deadline = time.monotonic() + 90
+    while starts(containers) and time.monotonic() < deadline:
+        time.sleep(1)
+    assert starts(containers) == {}
+    for order in ("start", "restart"):
+        on_host("systemctl", order, "agent-stack.target")
+        now = starts(containers)
+        assert set(now) == set(before)
+        assert not set(now.items()) & set(before.items())
+        assert {item["State"]["Health"]["Status"] for item in containers().values()} == {"healthy"}
+        wait_until_ready(10)
+        before = now
+    assert demo.active_slot() == slot
+
+
+def test_systemd_reloads_one_component(on_host: Callable[..., str], containers: Containers, wait_until_ready: Callable[[float], float]) -> None:
+    before = starts(containers)
     on_host("systemctl", "reload", "agent-stack@redis.service")
-    assert containers()["agent-stack-redis-redis-1"]["State"]["StartedAt"] != before
+    now = starts(containers)
+    assert set(now) == set(before)
+    assert set(dict(set(now.items()) - set(before.items()))) == {"agent-stack-redis-redis-1"}
     wait_until_ready(30)

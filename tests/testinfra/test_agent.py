@@ -8,6 +8,7 @@ import re
 from testinfra.host import Host
 
 AGENT = "docker compose --file /opt/agent-stack/agent/compose.yml"
+SLOTS = "/var/lib/agent-stack/vllm/swap.json"
 GATEWAY = "http://gateway.inference.internal:8000"
 STATUS = """
 import sys, urllib.error, urllib.request
@@ -60,7 +61,12 @@ def test_gateway_lets_the_agent_do_what_it_needs_and_no_more(host: Host) -> None
 
 
 def test_agent_does_not_reach_the_model_past_the_gateway(host: Host) -> None:
-    assert from_agent(host, "http://vllm:8000/v1/models") == "unreachable"
+    slot = json.loads(host.file(SLOTS).content_string)["active"]
+    address = '{{(index .NetworkSettings.Networks "agent-stack-model").IPAddress}}'
+    server = host.check_output("docker inspect --format %s %s", address, f"agent-stack-vllm-{slot}-server-1")
+    assert server
+    for name in ("blue.model.internal", "green.model.internal", server):
+        assert from_agent(host, f"http://{name}:8000/v1/models") == "unreachable", name
 
 
 def test_agent_idles_within_its_memory(host: Host) -> None:

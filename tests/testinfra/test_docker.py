@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 from testinfra.host import Host
 
+# Keys of daemon.json that the role sets.
+OURS = {"live-restore", "log-driver", "log-opts"}
+SLOTS = "/var/lib/agent-stack/vllm/swap.json"
 NETWORKS = {"data": True, "edge": False, "egress": False, "inference": True, "model": True, "monitor": False}
 
 
@@ -19,6 +22,17 @@ def info(host: Host) -> dict[str, Any]:
 
 def test_engine_keeps_containers_through_its_own_restart(info: dict[str, Any]) -> None:
     assert info["LiveRestoreEnabled"] is True
+
+
+def test_settings_of_others_survive(host: Host, info: dict[str, Any]) -> None:
+    """What daemon.json held before the role came, which left it beside the new one, is still in force."""
+    before = host.run('cat "$(ls -tr /etc/docker/daemon.json.*~ | head -n 1)"')
+    if before.rc != 0:
+        pytest.skip("there was no daemon.json before the role came")
+    now = json.loads(host.file("/etc/docker/daemon.json").content_string)
+    theirs = {key: value for key, value in json.loads(before.stdout).items() if key not in OURS}
+    assert {key: now.get(key) for key in theirs} == theirs
+    assert set(theirs.get("labels", [])) <= set(info["Labels"])
 
 
 def test_containers_log_within_limits(host: Host) -> None:
@@ -41,9 +55,13 @@ def test_nobody_is_in_the_docker_group(host: Host) -> None:
 
 def test_stack_starts_on_boot(host: Host) -> None:
     assert host.service("agent-stack.target").is_enabled
-    for component in ("postgres", "redis", "vllm", "vllm-blue", "agent", "monitoring"):
+    slot = json.loads(host.file(SLOTS).content_string)["active"]
+    wanted = host.check_output("systemctl show --property Wants --value agent-stack.target").split()
+    for component in ("postgres", "redis", "vllm", f"vllm-{slot}", "agent", "monitoring"):
         unit = host.service(f"agent-stack@{component}.service")
-        assert (unit.is_enabled, unit.is_running) == (True, True), host.run(f"systemctl status --no-pager {unit.name}").stdout
+        assert unit.is_running, host.run(f"systemctl status --no-pager {unit.name}").stdout
+        assert unit.name in wanted
+    assert not host.file(f"/opt/agent-stack/vllm-{slot}/standby").exists
 
 
 def test_unit_is_sandboxed(host: Host) -> None:
