@@ -129,7 +129,10 @@ def at_gateway(slot: str, host: _vllm_host.DockerHost) -> int:
 
 def gpu_lost(container: str) -> bool:
     """Whether the driver answers on the host, and refuses in the container. A driver that is away on the host is nothing that a restart mends."""
-    if run("nvidia-smi", "-L").returncode != 0:
+    try:
+        if run("nvidia-smi", "-L").returncode != 0:
+            return False
+    except OSError:
         return False
     inside = run("docker", "exec", container, "nvidia-smi", "-L")
     return inside.returncode != 0 and "NVML" in inside.stdout + inside.stderr
