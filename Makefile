@@ -31,12 +31,7 @@ demo-clean: venv
 	$(BIN)/python tools/demo.py clean
 
 ## make test          everything that CI runs; about an hour on two cores
-test: lint
-	# Both install packages where they are missing, which two at a time cannot.
-	sh tests/packages.sh
-	python tests/host/host.py engine
-	$(MAKE) --jobs=2 --output-sync=target unit molecule-nvidia
-	$(MAKE) agent-test promtool-test molecule molecule-swap molecule-hosts system-test
+test: lint unit agent-test promtool-test molecule molecule-swap molecule-hosts molecule-nvidia system-test
 	@echo "== all tests passed"
 
 ## make lint          ansible-lint (production), yamllint, ruff, mypy
