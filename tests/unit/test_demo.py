@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import http.client
 import json
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +115,15 @@ def test_a_play_that_fails_is_a_sentence(started: Path, monkeypatch: pytest.Monk
     assert captured.err == "\nerror: The play failed; its last lines above say where.\n"
 
 
+@pytest.fixture
+def _interrupts_count() -> Iterator[None]:
+    """A shell that starts the tests in the background has them ignore interrupts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interrupts_count")
 def test_an_interrupt_stops_the_play_and_says_how_to_go_on(started: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     # It interrupts the demo alone, as `kill -INT` does, once that reads its output, and would go on for a minute.
     ansible_playbook(started, monkeypatch, f"trap 'kill $!; echo ended > {started}/trace; exit 1' TERM\nsleep 0.5\nkill -INT $PPID\nsleep 60 &\nwait")
