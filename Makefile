@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help venv demo demo-clean test lint unit agent-test promtool-test molecule molecule-swap molecule-hosts molecule-nvidia system-test bench-agent bench-swap bench-rows bench-retention drill-agent pin-images record-vllm lock clean
+.PHONY: help venv engine demo demo-clean test lint unit agent-test promtool-test molecule molecule-swap molecule-hosts molecule-nvidia system-test bench-agent bench-swap bench-rows bench-retention drill-agent pin-images record-vllm lock clean
 
 PYTHON ?= python3
 DEMO_PORT ?= 8443
@@ -70,33 +70,22 @@ promtool-test: venv
 	python -m pytest -q tests/promtool
 
 ## make molecule      the whole stack with a scripted model server: check, converge, verify, idempotence, verify
-molecule: venv
-	python tests/host/host.py engine
-	python tools/machine.py .cache/machine.json
+molecule: engine
 	molecule test -s default
 
 ## make molecule-swap swaps of scripted models on a host of their own: good, bad, slow and dying ones, under load, killed on the way
-molecule-swap: venv
-	python tests/host/host.py engine
-	python tools/machine.py .cache/machine.json
-	molecule test -s swap
-
 ## make molecule-hosts a front and two hosts that serve the model: shared requests, swaps one host after the other, a host that is lost
-molecule-hosts: venv
-	python tests/host/host.py engine
-	python tools/machine.py .cache/machine.json
-	molecule test -s hosts
-
 ## make molecule-nvidia the NVIDIA Container Toolkit's role with a driver, a repository and GPUs that the scenario makes
-molecule-nvidia: venv
+molecule-swap molecule-hosts molecule-nvidia: molecule-%: engine
+	molecule test -s $*
+
+# A Docker engine, and what this machine's mirrors and proxies make necessary.
+engine: venv
 	python tests/host/host.py engine
 	python tools/machine.py .cache/machine.json
-	molecule test -s nvidia
 
 ## make bench-swap    swaps under load in the same host: 20 side by side at 100 requests/s, then on one GPU; about ten minutes
-bench-swap: venv
-	python tests/host/host.py engine
-	python tools/machine.py .cache/machine.json
+bench-swap: engine
 	molecule converge -s swap
 	python bench/swap.py
 	molecule destroy -s swap

@@ -97,7 +97,7 @@ def locked(paths: Paths, what: str, patience: float = 30) -> Iterator[None]:
     paths.lock.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with open(paths.lock, "a+") as stream:
         deadline = time.monotonic() + patience
-        while not _lock(stream):
+        while not lock(stream):
             stream.seek(0)
             owner = stream.read().strip()
             if owner or time.monotonic() > deadline:
@@ -112,7 +112,8 @@ def locked(paths: Paths, what: str, patience: float = 30) -> Iterator[None]:
             stream.truncate(0)
 
 
-def _lock(stream: TextIO) -> bool:
+def lock(stream: TextIO) -> bool:
+    """Take the lock that ends with the file. Return whether nobody else has it."""
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -152,6 +153,10 @@ class Gateway:
         """Return the numbers of the backend `model` and of each of its servers, by name."""
         text = self.ask("show stat model 6 -1", patience).lstrip("# ")
         return {row["svname"]: row for row in csv.DictReader(text.splitlines())}
+
+    def running(self, slot: str, patience: float = 20) -> int:
+        """Return how many requests of the slot's are not answered yet."""
+        return int(self.statistics(patience).get(slot, {}).get("scur") or 0)
 
     def route(self, to: str) -> bool:
         """Send new requests to one server alone. The new one first, so that there is always one."""
@@ -218,8 +223,12 @@ class DockerHost:
         result = self.run(self.docker, "container", "inspect", container(slot), check=False)
         return dict(json.loads(result.stdout)[0]) if result.returncode == 0 else {}
 
+    def address(self, slot: str) -> str:
+        """Return the slot's address on the model's network, or nothing."""
+        return str(self.inspect(slot).get("NetworkSettings", {}).get("Networks", {}).get(NETWORK, {}).get("IPAddress") or "")
+
     def url(self, slot: str) -> str:
-        address = self.inspect(slot).get("NetworkSettings", {}).get("Networks", {}).get(NETWORK, {}).get("IPAddress")
+        address = self.address(slot)
         if not address:
             raise URLError(f"{container(slot)} has no address")
         return f"http://{address}:{PORT}"
@@ -341,12 +350,11 @@ class DockerHost:
 
     def busy(self, slot: str) -> int:
         """Both are asked: the gateway knows streams that the engine has ended, the engine those that the gateway lost with a restart."""
-        at_gateway = int(self.gateway.statistics().get(slot, {}).get("scur") or 0)
         try:
             in_engine = _vllm_api.progress(self.http(slot, "/metrics")).running
         except (OSError, _vllm_api.ApiError):
             in_engine = 0
-        return max(at_gateway, int(in_engine))
+        return max(self.gateway.running(slot), int(in_engine))
 
     def judge(self, slot: str, *, briefly: bool) -> list[str]:
         try:
@@ -377,7 +385,7 @@ class DockerHost:
         """HAProxy asks for names once a second. Until it knows the new address it would send requests to the old one."""
         deadline = self.now() + 30
         while True:
-            address = self.inspect(slot).get("NetworkSettings", {}).get("Networks", {}).get(NETWORK, {}).get("IPAddress")
+            address = self.address(slot)
             known = self.gateway.servers().get(("model", slot), ("", False))[0]
             if address and address == known:
                 return

@@ -13,6 +13,7 @@ description:
   - Asks C(GET /health), then C(GET /v1/models) whether the model is served, then C(POST /v1/chat/completions) for a few tokens, and where that is wanted for a
     tool call, plain and streamed, and C(GET /metrics) whether the engine moves. The server's own C(/health) also says yes when the engine behind it is stuck.
   - A server that is not healthy is an answer, not a failure. Use C(until) to wait for one.
+extends_documentation_fragment: selfhosted.agent_stack.golden_prompts
 options:
   url:
     description: Base URL of the server or its gateway, without C(/v1).
@@ -46,28 +47,6 @@ options:
     description: Most tokens to generate for a tool call. A model that thinks first needs many.
     type: int
     default: 1024
-  golden_prompts:
-    description: Questions of your own that the model must answer as you expect, at temperature 0. Asked last, and only while all is well.
-    type: list
-    elements: dict
-    default: []
-    suboptions:
-      prompt:
-        description: What to ask.
-        type: str
-        required: true
-      expect:
-        description: Regular expression that the answer must contain. Upper and lower case are the same.
-        type: str
-        required: true
-      max_tokens:
-        description: Most tokens to generate.
-        type: int
-        default: 64
-      seconds:
-        description: Most seconds that the answer may take. 0 means that only O(timeout) counts.
-        type: float
-        default: 0
   metrics_url:
     description:
       - URL of the server's metrics. Then C(vllm:iteration_tokens_total) must move with the generation, or with O(generate=false) within O(progress_seconds) as

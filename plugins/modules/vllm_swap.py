@@ -16,6 +16,7 @@ description:
     the server's last log lines. The same holds for a run that was killed, once the module is run again.
   - Where both models do not fit beside each other, the gateway holds requests while one gives its memory to the other.
   - The work is done by a process of its own on the host, which a lost connection does not end. What it does is shown while it runs.
+extends_documentation_fragment: selfhosted.agent_stack.golden_prompts
 options:
   state:
     description:
@@ -98,28 +99,6 @@ options:
     description: What to say so that the model calls the tool C(report_number). Empty means a sentence that asks for it.
     type: str
     default: ""
-  golden_prompts:
-    description: Questions that the new model must answer as you expect, at temperature 0.
-    type: list
-    elements: dict
-    default: []
-    suboptions:
-      prompt:
-        description: What to ask.
-        type: str
-        required: true
-      expect:
-        description: Regular expression that the answer must contain. Upper and lower case are the same.
-        type: str
-        required: true
-      max_tokens:
-        description: Most tokens to generate.
-        type: int
-        default: 64
-      seconds:
-        description: Most seconds that the answer may take. 0 means that only O(timeout) counts.
-        type: float
-        default: 0
   at_once:
     description: Do only what takes no time, and tell with RV(pending) whether there is more. Used by the action plugin.
     type: bool

