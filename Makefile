@@ -71,13 +71,13 @@ promtool-test: venv
 
 ## make molecule      the whole stack with a scripted model server: check, converge, verify, idempotence, verify
 molecule: engine
-	molecule test -s default
+	bash tests/molecule.sh default
 
 ## make molecule-swap swaps of scripted models on a host of their own: good, bad, slow and dying ones, under load, killed on the way
 ## make molecule-hosts a front and two hosts that serve the model: shared requests, swaps one host after the other, a host that is lost
 ## make molecule-nvidia the NVIDIA Container Toolkit's role with a driver, a repository and GPUs that the scenario makes
 molecule-swap molecule-hosts molecule-nvidia: molecule-%: engine
-	molecule test -s $*
+	bash tests/molecule.sh $*
 
 # A Docker engine, and what this machine's mirrors and proxies make necessary.
 engine: venv

@@ -648,6 +648,33 @@ class Running:
 
 
 @dataclass(frozen=True)
+class Serving:
+    """What serves, and whether the planned model waits beside it for a rollback: loaded before, and perhaps asleep."""
+
+    running: Running | None = None
+    asleep: bool = False
+    loaded_before: bool = False
+
+
+def read_serving(found: dict[str, Any], model: str, total_mib: int) -> Serving:
+    """Return what the module vllm_swap says of its slots, for a model that is planned on GPUs of this size.
+
+    A slot holds the share that it was started with, so that what other programs hold on the GPU is seen.
+    """
+    slots = dict(found.get("slots") or {})
+    active = slots.pop(found.get("active") or "", None)
+    if active is None:
+        return Serving()
+    standby: dict[str, Any] = next(iter(slots.values()), {})
+    condition = str(standby.get("condition"))
+    beside = {"asleep": ASLEEP_MIB, "running": int(standby.get("utilization", 0) * total_mib)}.get(condition, 0)
+    used = int(active["utilization"] * total_mib) + beside
+    known = standby.get("model") == model
+    running = Running(active["model"], used, active["weights_mib"], active["sleep_mode"], active["slept_before"])
+    return Serving(running, known and condition == "asleep", known)
+
+
+@dataclass(frozen=True)
 class Swap:
     strategy: str  # start, side_by_side, sleep, hold_and_recreate or none
     hold_seconds: float
@@ -669,10 +696,11 @@ class Timings:
     read_gib_per_second: float = 1.0  # weights from the disk; an assumption
 
 
-def plan_swap(plan: Plan, running: Running | None, *, asleep: bool, loaded_before: bool, host_free_mib: int, timings: Timings) -> Swap:
-    """Return how to change from what runs to the planned model, the cheapest way first."""
+def plan_swap(plan: Plan, serving: Serving, *, host_free_mib: int, timings: Timings) -> Swap:
+    """Return how to change from what serves to the planned model, the cheapest way first."""
+    running, asleep = serving.running, serving.asleep
     gib = plan.memory.weights * plan.tensor_parallel / GIB
-    load = (timings.load_warm if loaded_before else timings.load_cold) + gib / timings.read_gib_per_second
+    load = (timings.load_warm if serving.loaded_before else timings.load_cold) + gib / timings.read_gib_per_second
     wanted = plan.memory.weights + plan.memory.overhead
     if not plan.fits:
         return Swap("none", 0.0, "the new model does not fit even alone, so what runs stays as it is", 0.0)
@@ -680,8 +708,8 @@ def plan_swap(plan: Plan, running: Running | None, *, asleep: bool, loaded_befor
     foreign = max(0, gpu.total_mib - gpu.free_mib - (running.used_mib if running else 0))
     # vLLM refuses to start where less is free than its share of the whole.
     if gpu.total_mib - foreign + FOREIGN_TOLERANCE_MIB < share * gpu.total_mib:
-        whose = f"other programs hold {foreign:,} of {gpu.total_mib:,} MiB"
-        return Swap("none", 0.0, f"{whose}, so a share of {share:g} is not free even if {running.name if running else 'nothing'} stops.", 0.0)
+        anyway = f" even if {running.name} stops" if running else ""
+        return Swap("none", 0.0, f"other programs hold {foreign:,} of {gpu.total_mib:,} MiB, so a share of {share:g} is not free{anyway}.", 0.0)
     if running is None:
         return Swap("start", 0.0, "nothing runs now", 0.0)
     # Green's share is what is free, at most what was asked for.

@@ -67,11 +67,6 @@ cuda_version:
   returned: success
   type: str
   sample: "13.0"
-max_total_mib:
-  description: Memory of the largest GPU, in MiB. 0 without one.
-  returned: success
-  type: int
-  sample: 81559
 gpus:
   description: One entry for each GPU.
   returned: success
@@ -141,7 +136,7 @@ def main() -> None:
     if module.params["timeout"] < 1:
         module.fail_json(msg=f"timeout is {module.params['timeout']}; allowed is 1 second and more.")
     report = _nvml.gpu_report(shutil.which(module.params["executable"]), module.params["timeout"])
-    module.exit_json(changed=False, max_total_mib=max((gpu["total_mib"] for gpu in report["gpus"]), default=0), **report)
+    module.exit_json(changed=False, **report)
 
 
 if __name__ == "__main__":

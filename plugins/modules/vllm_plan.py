@@ -76,38 +76,11 @@ options:
     description: Directory into which the model would be fetched. Its file system must have room for what is not there yet. Empty means that it is not checked.
     type: path
     default: ""
-  running:
-    description: What serves now. Leave it out if nothing does.
+  serving:
+    description:
+      - What serves now, as M(selfhosted.agent_stack.vllm_swap) returns it with C(state=status) - C(active) and C(slots). Leave it out if nothing does.
     type: dict
-    suboptions:
-      name:
-        description: What to call it in sentences.
-        type: str
-        required: true
-      used_mib:
-        description: Memory that it holds on each GPU, in MiB.
-        type: int
-        required: true
-      weights_mib:
-        description: Size of its weights on all GPUs together, in MiB.
-        type: int
-        required: true
-      sleep_mode:
-        description: Whether it was started with C(--enable-sleep-mode).
-        type: bool
-        default: false
-      slept_before:
-        description: Whether it has slept since it started. Its host memory is pinned then, and it falls asleep at once.
-        type: bool
-        default: false
-  asleep:
-    description: Whether the planned model already sleeps on the GPU and need only be woken.
-    type: bool
-    default: false
-  loaded_before:
-    description: Whether this host has loaded the planned model before, with the compile cache kept.
-    type: bool
-    default: false
+    default: {}
   timeout:
     description: Time for each question to the hub and to the driver, in seconds.
     type: int
@@ -398,14 +371,12 @@ def make_result(params: dict[str, Any]) -> dict[str, Any]:
         kv_element_bytes=1 if params["kv_cache_dtype"] == "fp8" else 2,
     )
     plan = _vllm_plan.make_plan(shape, files.weight_bytes, gpus_of(params["gpus"], params["timeout"]), wish)
-    running = _vllm_plan.Running(**params["running"]) if params["running"] else None
-    swap = _vllm_plan.plan_swap(
-        plan, running, asleep=params["asleep"], loaded_before=params["loaded_before"], host_free_mib=host_free_mib(), timings=_vllm_plan.Timings()
-    )
+    serving = _vllm_plan.read_serving(params["serving"], params["model"], plan.gpu.total_mib)
+    swap = _vllm_plan.plan_swap(plan, serving, host_free_mib=host_free_mib(), timings=_vllm_plan.Timings())
     disk, no_room = disk_of(params["disk_path"], files.missing_bytes)
     memory = plan.memory
     for_model = model_arguments(plan, parsers, family, shape, params)
-    blocked = f"{swap.reason}" if plan.fits and swap.strategy == "none" else ""
+    blocked = swap.reason if plan.fits and swap.strategy == "none" else ""
     environment = {}
     for entry in catalogue.get("faster", []):
         if entry["quantization"] == shape.quantization and float(entry["compute_capability"]) == plan.gpu.capability:
@@ -467,18 +438,7 @@ def main() -> None:
             "tool_call_parser": {"type": "str", "default": "auto"},
             "reasoning_parser": {"type": "str", "default": "auto"},
             "disk_path": {"type": "path", "default": ""},
-            "running": {
-                "type": "dict",
-                "options": {
-                    "name": {"type": "str", "required": True},
-                    "used_mib": {"type": "int", "required": True},
-                    "weights_mib": {"type": "int", "required": True},
-                    "sleep_mode": {"type": "bool", "default": False},
-                    "slept_before": {"type": "bool", "default": False},
-                },
-            },
-            "asleep": {"type": "bool", "default": False},
-            "loaded_before": {"type": "bool", "default": False},
+            "serving": {"type": "dict", "default": {}},
             "timeout": {"type": "int", "default": 30},
             "catalogue": {"type": "dict"},
             "registry": {"type": "dict"},

@@ -8,7 +8,18 @@ from typing import Any
 
 import pytest
 from ansible_collections.selfhosted.agent_stack.plugins.module_utils import _vllm_plan as plan_of
-from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_plan import GIB, Batch, Gpu, Layers, PlanError, Running, Shape, Timings, Wish
+from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_plan import (
+    GIB,
+    Batch,
+    Gpu,
+    Layers,
+    PlanError,
+    Running,
+    Serving,
+    Shape,
+    Timings,
+    Wish,
+)
 
 MODELS = Path(__file__).parent / "data" / "models"
 H100 = Gpu("NVIDIA H100 80GB HBM3", 81559 - 480, 81559 - 480, 9.0)
@@ -380,10 +391,8 @@ def test_max_context(given: dict[str, Any], expected: int) -> None:
 BLUE = Running("blue", used_mib=74_249, weights_mib=15 * 1024, sleep_mode=True)
 
 
-def swap(name: str, running: Running | None, gpu: Gpu = H100, host_free_mib: int = 100_000, **options: Any) -> plan_of.Swap:
-    plan = make(name, gpu, context=options.pop("context", 8192))
-    defaults = {"asleep": False, "loaded_before": False}
-    return plan_of.plan_swap(plan, running, **(defaults | options), host_free_mib=host_free_mib, timings=Timings())
+def swap(name: str, running: Running | None, gpu: Gpu = H100, host_free_mib: int = 100_000, **standby: bool) -> plan_of.Swap:
+    return plan_of.plan_swap(make(name, gpu, context=8192), Serving(running, **standby), host_free_mib=host_free_mib, timings=Timings())
 
 
 def busy(used_mib: int, gpu: Gpu = H100) -> Gpu:
@@ -392,6 +401,57 @@ def busy(used_mib: int, gpu: Gpu = H100) -> Gpu:
 
 def test_nothing_runs() -> None:
     assert swap("llama-3.1-8b", None).strategy == "start"
+
+
+def slot(model: str, condition: str = "running", utilization: float = 0.5) -> dict[str, Any]:
+    """What the module vllm_swap says of a slot."""
+    return {"model": model, "condition": condition, "utilization": utilization, "weights_mib": 15_360, "sleep_mode": True, "slept_before": False}
+
+
+@pytest.mark.parametrize(
+    ("found", "used_mib", "asleep", "loaded_before"),
+    [
+        ({"active": "green", "slots": {"green": slot("new")}}, 40_000, False, False),
+        ({"active": "green", "slots": {"green": slot("x"), "blue": slot("new", "asleep")}}, 40_000 + plan_of.ASLEEP_MIB, True, True),
+        ({"active": "blue", "slots": {"blue": slot("x"), "green": slot("new", utilization=0.25)}}, 60_000, False, True),
+        ({"active": "blue", "slots": {"blue": slot("x"), "green": slot("new", "stopped")}}, 40_000, False, True),
+        ({"active": "blue", "slots": {"blue": slot("x"), "green": slot("third", "asleep")}}, 40_000 + plan_of.ASLEEP_MIB, False, False),
+    ],
+)
+def test_what_serves_is_read_from_the_slots(found: dict[str, Any], used_mib: int, asleep: bool, loaded_before: bool) -> None:
+    serving = plan_of.read_serving(found, "new", 80_000)
+    assert serving.running is not None
+    assert serving.running.name == found["slots"][found["active"]]["model"]
+    assert (serving.running.used_mib, serving.asleep, serving.loaded_before) == (used_mib, asleep, loaded_before)
+
+
+@pytest.mark.parametrize("found", [{}, {"active": "", "slots": {}}, {"active": "", "slots": {"blue": slot("new")}}])
+def test_no_slot_that_serves_is_nothing_that_runs(found: dict[str, Any]) -> None:
+    assert plan_of.read_serving(found, "new", 80_000) == Serving()
+
+
+@pytest.mark.parametrize("running", [None, Running("blue", 30_000, 15_360)])
+def test_memory_of_other_programs_is_no_room(running: Running | None) -> None:
+    """What blue holds comes free when it stops; the other 20,000 MiB do not, and vLLM refuses a share that is not free."""
+    used = 20_000 + (running.used_mib if running else 0)
+    found = swap("llama-3.1-8b", running, busy(used))
+    assert found.strategy == "none"
+    assert "other programs hold 20,000 of 81,079 MiB, so a share of 0.9 is not free" in found.reason
+    assert ("even if blue stops" in found.reason) == (running is not None)
+
+
+def test_several_gpus_have_the_room_of_the_fullest() -> None:
+    plan = make("llama-3.1-70b", H100, busy(30_000), context=4096, tensor_parallel=2)
+    assert plan.fits
+    found = plan_of.plan_swap(plan, Serving(), host_free_mib=100_000, timings=Timings())
+    assert (found.strategy, found.reason) == ("none", "other programs hold 30,000 of 81,079 MiB, so a share of 0.9 is not free.")
+
+
+def test_a_share_beside_another_is_at_most_the_wish() -> None:
+    """Much is free, and more than was asked for is still not taken: the rest of the GPU may be meant for something else."""
+    plan = make("llama-3.2-1b", busy(20_000), context=8192, utilization=0.3)
+    found = plan_of.plan_swap(plan, Serving(Running("blue", 20_000, 15_000)), host_free_mib=100_000, timings=Timings())
+    assert (found.strategy, found.utilization) == ("side_by_side", pytest.approx(0.3, abs=0.001))
 
 
 def test_side_by_side_needs_no_hold_and_takes_what_is_free() -> None:

@@ -43,9 +43,7 @@ def plan(model: str, **params: Any) -> dict[str, Any]:
         "tool_call_parser": "auto",
         "reasoning_parser": "auto",
         "disk_path": "",
-        "running": None,
-        "asleep": False,
-        "loaded_before": False,
+        "serving": {},
         "timeout": 5,
         "catalogue": yaml.safe_load((ROOT / "roles/vllm/vars/catalogue.yml").read_text())["__vllm_catalogue"],
         "registry": json.loads((ROOT / "roles/vllm/files/vllm-registry.json").read_text())["cuda"],
@@ -78,9 +76,13 @@ def test_turing_is_told_to_use_half(tmp_path: Path) -> None:
     assert result["arguments"][6:8] == ["--dtype", "half"]
 
 
+def serving(utilization: float) -> dict[str, Any]:
+    slot = {"model": "blue", "condition": "running", "utilization": utilization, "weights_mib": 15360, "sleep_mode": True, "slept_before": False}
+    return {"active": "blue", "slots": {"blue": slot}}
+
+
 def test_what_does_not_fit_is_an_answer(tmp_path: Path) -> None:
-    running = {"name": "blue", "used_mib": 74249, "weights_mib": 15360, "sleep_mode": True, "slept_before": False}
-    result = plan(model(tmp_path / "m", "llama-3.1-70b"), running=running)
+    result = plan(model(tmp_path / "m", "llama-3.1-70b"), serving=serving(0.9))
     assert not result["fits"]
     assert result["reason"].startswith("the weights take 131.4 GiB")
     assert result["advice"].startswith("What would fit: a 4 bit version of it (AWQ, about 37 GiB)")
@@ -88,8 +90,7 @@ def test_what_does_not_fit_is_an_answer(tmp_path: Path) -> None:
 
 
 def test_a_swap_is_planned_against_what_runs(tmp_path: Path) -> None:
-    running = {"name": "blue", "used_mib": 40000, "weights_mib": 15360, "sleep_mode": False, "slept_before": False}
-    result = plan(model(tmp_path / "m", "llama-3.2-3b"), gpus=[H100 | {"free_mib": 41079}], running=running, max_model_len=8192)
+    result = plan(model(tmp_path / "m", "llama-3.2-3b"), gpus=[H100 | {"free_mib": 41079}], serving=serving(0.49), max_model_len=8192)
     assert result["swap"]["strategy"] == "side_by_side"
     assert result["arguments"][3] == f"{result['swap']['gpu_memory_utilization']:g}" != "0.9"
 
