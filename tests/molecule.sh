@@ -5,6 +5,6 @@ log=.cache/molecule-$1.log
 export COLUMNS=${COLUMNS:-160}  # whole sentences, where they are not for a terminal
 molecule test -s "$1" 2>&1 | tee "$log" || {
   echo "== what failed in the scenario $1:"
-  sed 's/\x1b\[[0-9;]*m//g' "$log" | grep -E 'FAILED|fatal:|\[ERROR\]|│ E  ' | tail -n 40
+  sed 's/\x1b\[[0-9;]*m//g' "$log" | grep -E 'FAILED|fatal:|\[ERROR\]|msg:|E +(assert|[A-Za-z]+(Error|Exception))' | tail -n 40
   exit 1
 }

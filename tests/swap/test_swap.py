@@ -231,21 +231,40 @@ def test_a_restarted_target_starts_only_what_serves() -> None:
     settled("first")
     assert HOST.swap("second", "hold_and_recreate").returncode == 0
     # What systemd was told before the swap must not count.
-    HOST.on_host("systemctl", "stop", "agent-stack.target")
-    deadline = time.monotonic() + 90
-    while HOST.on_host("docker", "ps", "--quiet"):
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
+    stop_target()
     HOST.on_host("systemctl", "start", "agent-stack.target")
+    wait_until_serves("second")
+    running = HOST.on_host("docker", "ps", "--format", "{{.Names}}", "--filter", "name=agent-stack-vllm-.*-server").split()
+    assert running == [container()]
+    assert HOST.play(playbook="playbooks/rollback.yml").returncode == 0
+    check_serves("first")
+
+
+def test_a_target_stopped_while_a_model_starts_leaves_nothing_running() -> None:
+    settled("first")
+    unit = f"agent-stack@vllm-{HOST.state()['active']}"
+    # The container runs, and Compose waits for it to be healthy.
+    waiting = f'[ "$(systemctl is-active {unit})" = activating ] && [ -n "$(docker ps --quiet --filter name={container()})" ]'
+    HOST.on_host("sh", "-c", f"systemctl restart --no-block {unit}; until {waiting}; do sleep 0.02; done")
+    stop_target()
+    HOST.on_host("systemctl", "start", "agent-stack.target")
+    wait_until_serves("first")
+
+
+def wait_until_serves(model: str) -> None:
     deadline = time.monotonic() + 60
     while HOST.on_host("systemctl", "is-active", f"agent-stack@vllm-{HOST.state()['active']}", check=False) != "active":
         assert time.monotonic() < deadline
         time.sleep(0.5)
-    running = HOST.on_host("docker", "ps", "--format", "{{.Names}}", "--filter", "name=agent-stack-vllm-.*-server").split()
-    assert running == [container()]
-    check_serves("second")
-    assert HOST.play(playbook="playbooks/rollback.yml").returncode == 0
-    check_serves("first")
+    check_serves(model)
+
+
+def stop_target() -> None:
+    HOST.on_host("systemctl", "stop", "agent-stack.target")
+    deadline = time.monotonic() + 90
+    while HOST.on_host("docker", "ps", "--quiet"):
+        assert time.monotonic() < deadline, HOST.on_host("docker", "ps")
+        time.sleep(0.5)
 
 
 def test_the_host_restarts_during_a_swap() -> None:
