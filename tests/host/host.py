@@ -3,7 +3,7 @@
 Standard library only, because it also works before the virtual environment exists.
 
     python3 tests/host/host.py up NAME [--domain DOMAIN] [--publish 127.0.0.1:8443:443]
-    python3 tests/host/host.py down NAME
+    python3 tests/host/host.py down NAME [--keep-images]
     python3 tests/host/host.py engine        # make sure that a Docker engine answers
 """
 
@@ -64,18 +64,21 @@ def engine() -> None:
         print("installing the Docker engine", flush=True)
         run("apt-get", "update", "-q")
         run("apt-get", "install", "-y", "-q", "--no-install-recommends", "docker.io", "iptables")
+    daemon = None
     if Path("/run/systemd/system").is_dir():
         run("systemctl", "start", "docker")
     else:
         # No init system to keep it: a session of its own lets the daemon outlive this program.
         with DOCKERD_LOG.open("ab") as log:
-            subprocess.Popen(["dockerd"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+            daemon = subprocess.Popen(["dockerd"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
     for _ in range(60):
         if _engine_answers():
             return
+        if daemon and daemon.poll() is not None:
+            break
         time.sleep(1)
     log_lines = DOCKERD_LOG.read_text(errors="replace").splitlines()[-20:] if DOCKERD_LOG.exists() else ["None: see `journalctl -u docker`."]
-    raise HostError("\n".join(["The Docker engine was started, but does not answer `docker info` after 60 s. Its last log lines:", *log_lines]))
+    raise HostError("\n".join(["The Docker engine was started, but does not answer `docker info`. Its last log lines:", *log_lines]))
 
 
 def up(name: str, domain: str, publish: list[str]) -> bool:
@@ -96,15 +99,15 @@ def up(name: str, domain: str, publish: list[str]) -> bool:
     return state != "running"
 
 
-def down(name: str) -> None:
-    """Remove the host, its volume and the images that only test hosts use."""
+def down(name: str, keep_images: bool = False) -> None:
+    """Remove the host, its volume and, unless the next test host shall be spared a minute, the images that only test hosts use."""
     if shutil.which("docker") is None:
         return
     if not _engine_answers():
         raise HostError(f"No Docker engine answers `docker info`, so it is not known whether it keeps the test host {name}. Start Docker and repeat this.")
     run("docker", "container", "rm", "--force", "--volumes", name, check=False)
     run("docker", "volume", "rm", "--force", f"{name}-docker", check=False)
-    if not run("docker", "container", "ls", "--all", "--quiet", "--filter", f"label={LABEL}"):
+    if not keep_images and not run("docker", "container", "ls", "--all", "--quiet", "--filter", f"label={LABEL}"):
         images = run("docker", "image", "ls", "--quiet", "--filter", "reference=agent-stack-test/*")
         for image in dict.fromkeys(images.split()):
             run("docker", "image", "rm", "--force", image, check=False)
@@ -170,13 +173,14 @@ def main() -> int:
     up_parser.add_argument("--publish", action="append", default=[])
     down_parser = commands.add_parser("down")
     down_parser.add_argument("name")
+    down_parser.add_argument("--keep-images", action="store_true")
     commands.add_parser("engine")
     arguments = parser.parse_args()
     try:
         if arguments.command == "up":
             up(arguments.name, arguments.domain, arguments.publish)
         elif arguments.command == "down":
-            down(arguments.name)
+            down(arguments.name, arguments.keep_images)
         else:
             engine()
     except HostError as error:
