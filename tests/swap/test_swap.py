@@ -18,6 +18,8 @@ HOST = SwapHost("agent-stack-swap", ROOT / "molecule" / "swap" / "inventory" / "
 WATCHDOG = "agent-stack-vllm-watchdog.service"
 RATE = 30
 ONE_GPU = ["sleep", "hold_and_recreate"]
+# `make test` has no time for these; `molecule test -s swap` and `make molecule-swap` run them.
+LONG = pytest.mark.long
 
 
 def check_serves(model: str) -> None:
@@ -105,7 +107,7 @@ def test_one_gpu(strategy: str) -> None:
     check_serves("first")
 
 
-@pytest.mark.parametrize("strategy", ONE_GPU)
+@pytest.mark.parametrize("strategy", ["sleep", pytest.param("hold_and_recreate", marks=LONG)])
 def test_rollback_on_one_gpu(strategy: str) -> None:
     settled("first")
     assert HOST.swap(f"new-{strategy}-nap-30", strategy).returncode == 0
@@ -122,10 +124,10 @@ def test_rollback_on_one_gpu(strategy: str) -> None:
     ("model", "strategy", "reason"),
     [
         ("a-dull", "side_by_side", "was judged unfit: .*did not answer with a completion"),
-        ("a-blunt", "side_by_side", "was judged unfit: the model called no tool"),
+        pytest.param("a-blunt", "side_by_side", "was judged unfit: the model called no tool", marks=LONG),
         ("a-dying", "side_by_side", "ended while it was starting.*CUDA out of memory, says the script"),
         ("a-slow-90", "side_by_side", "was not ready after 30 seconds"),
-        ("a-dying", "sleep", "ended while it was starting"),
+        pytest.param("a-dying", "sleep", "ended while it was starting", marks=LONG),
         ("a-dull", "hold_and_recreate", "was judged unfit"),
     ],
 )
@@ -170,9 +172,14 @@ def wait_for_phase(phase: str, process: subprocess.Popen[str]) -> None:
 @pytest.mark.parametrize(
     ("strategy", "phase", "what"),
     [
-        *(("sleep", phase, what) for phase in ("sleep", "load", "judge") for what in ("the play", "all of it")),
+        ("sleep", "judge", "the play"),
+        ("sleep", "load", "all of it"),
         ("hold_and_recreate", "load", "all of it"),
-        ("side_by_side", "judge", "all of it"),
+        pytest.param("sleep", "sleep", "the play", marks=LONG),
+        pytest.param("sleep", "load", "the play", marks=LONG),
+        pytest.param("sleep", "sleep", "all of it", marks=LONG),
+        pytest.param("sleep", "judge", "all of it", marks=LONG),
+        pytest.param("side_by_side", "judge", "all of it", marks=LONG),
     ],
 )
 def test_killed_and_repeated(strategy: str, phase: str, what: str) -> None:
@@ -203,7 +210,7 @@ def test_killed_and_repeated(strategy: str, phase: str, what: str) -> None:
     check_serves(model)
 
 
-@pytest.mark.parametrize("strategy", ["sleep", "hold_and_recreate"])
+@pytest.mark.parametrize("strategy", ["sleep", pytest.param("hold_and_recreate", marks=LONG)])
 def test_nobody_repeats_a_swap_that_was_cut_off(strategy: str) -> None:
     """Requests are held when its process dies, and the watchdog has the old model answer them."""
     settled("old-nap-1")
