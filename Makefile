@@ -5,6 +5,8 @@ SHELL := /bin/bash
 .PHONY: help venv engine demo demo-clean test lint unit agent-test promtool-test molecule molecule-swap molecule-hosts molecule-nvidia system-test bench-agent bench-swap bench-rows bench-retention drill-agent pin-images record-vllm lock clean
 
 PYTHON ?= python3
+# The agent is tested and measured with the distribution's Python, an optimised build, as the image has it, where that is new enough.
+AGENT_PYTHON ?= $(firstword $(wildcard /usr/bin/python3.13 /usr/bin/python3.12 /usr/bin/python3.11) $(PYTHON))
 DEMO_PORT ?= 8443
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -56,12 +58,12 @@ agent-test: .cache/agent-venv/.complete
 	cd bench && $(CURDIR)/.cache/agent-venv/bin/python -m mypy . && $(CURDIR)/.cache/agent-venv/bin/python -B -m pytest -q
 
 .cache/agent-venv/.complete: .venv/.complete files/agent/requirements-test.lock
-	$(PYTHON) -m venv --clear .cache/agent-venv
+	uv venv --quiet --clear --python $(AGENT_PYTHON) .cache/agent-venv
 	uv pip install --quiet --python .cache/agent-venv/bin/python --require-hashes -r files/agent/requirements-test.lock
 	touch $@
 
 .cache/bench-venv/.complete: .venv/.complete bench/requirements.lock
-	$(PYTHON) -m venv --clear .cache/bench-venv
+	uv venv --quiet --clear --python $(AGENT_PYTHON) .cache/bench-venv
 	uv pip install --quiet --python .cache/bench-venv/bin/python --require-hashes -r bench/requirements.lock
 	touch $@
 

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 SLOTS = ("blue", "green")
 STRATEGIES = ("side_by_side", "sleep", "hold_and_recreate")
 HOLD = "hold"
+FALLING_ASLEEP = "falling asleep"
 # What a sleeping model takes to answer again, with room: seconds.
 BACK_SECONDS = 15
 
@@ -30,7 +31,7 @@ class SwapError(Exception):
 
 @dataclass
 class Slot:
-    """What is in a slot. `condition` is serving, starting, running, asleep or stopped; `proven` what has served before."""
+    """What is in a slot. `condition` is serving, starting, running, falling asleep, asleep or stopped; `proven` what has served before."""
 
     model: str
     digest: str
@@ -211,6 +212,10 @@ class Swap:
         """Have the model serve that served before. Raises SwapError."""
         self.recover()
         standby = self.state.standby
+        if standby and self.host.status(standby) == "absent":
+            # Removed by a run that was cut off before it wrote that down.
+            self._drop(standby)
+            standby = ""
         if not standby:
             raise SwapError("there is nothing to roll back to: only one model is there")
         self._change(standby, self.state.strategy, None, back=True)
@@ -465,6 +470,13 @@ class Swap:
         if host.status(slot) == "stopped":
             host.start(slot)
         self._wait_until_ready(slot)
+        entry = self.state.slots[slot]
+        if entry.condition == FALLING_ASLEEP and entry.slept == host.born(slot) and not host.asleep(slot):
+            # It may be asleep in a moment: the order of a run that was cut off can still be at work. Engines take one order after the other, so that
+            # once this one is done, or refused, that one is.
+            self._tell("sleep")
+            with contextlib.suppress(Exception):
+                host.sleep(slot)
         if host.asleep(slot):
             self._tell("wake")
             host.wake(slot)
@@ -512,9 +524,10 @@ class Swap:
         if strategy == "sleep" and self._can_sleep(slot) and (entry.slept == born or not at_once):
             self._tell("sleep")
             if not self.host.asleep(slot):
+                entry.slept, entry.condition = born, FALLING_ASLEEP
+                self.host.save(self.state)
                 self.host.sleep(slot)
-            entry.slept = born
-            entry.condition = "asleep"
+            entry.slept, entry.condition = born, "asleep"
         else:
             self._tell("stop")
             self.host.stop(slot, at_once=at_once)

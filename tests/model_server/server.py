@@ -125,6 +125,8 @@ class ModelServer(ThreadingHTTPServer):
         self.model = model
         self.dev_mode = dev_mode
         self.asleep = False
+        # An engine takes one order after the other, and answers no question about itself meanwhile.
+        self.order = threading.Lock()
         self.api_keys = set(api_keys)
         self.max_model_len = max_model_len
         self.metrics = Metrics(names[0])
@@ -182,7 +184,9 @@ class Handler(BaseHTTPRequestHandler):
         elif path == "/_control":
             self.reply_json(200, self.server.state())
         elif path == "/is_sleeping" and self.server.dev_mode:
-            self.reply_json(200, {"is_sleeping": self.server.asleep})
+            with self.server.order:
+                asleep = self.server.asleep
+            self.reply_json(200, {"is_sleeping": asleep})
         elif path == "/v1/models":
             if self.authorised():
                 length = self.server.max_model_len
@@ -201,9 +205,10 @@ class Handler(BaseHTTPRequestHandler):
             self.server.control(body)
             return self.reply_json(200, self.server.state())
         if path in ("/sleep", "/wake_up") and self.server.dev_mode:
-            if path == "/sleep":
-                time.sleep(seconds_in(self.server.model, "nap"))
-            self.server.asleep = path == "/sleep"
+            with self.server.order:
+                if path == "/sleep" and not self.server.asleep:
+                    time.sleep(seconds_in(self.server.model, "nap"))
+                self.server.asleep = path == "/sleep"
             return self.reply(200, b"")
         if path != "/v1/chat/completions":
             return self.refuse(404, "Not Found")

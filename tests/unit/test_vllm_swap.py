@@ -10,6 +10,7 @@ import pytest
 from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_swap import HOLD, Limits, State, Swap, SwapError, Traffic, Wish
 
 BLUE_TAKES, GREEN_TAKES, ASLEEP_TAKES = 60, 60, 2
+SLEEP_TAKES = 10  # seconds
 
 
 class Killed(BaseException):
@@ -29,6 +30,14 @@ class World:
         self.answered: list[str] = []
         self.lost: list[str] = []
         self.clock = 0.0
+
+    def pass_time(self, seconds: float) -> None:
+        """An engine falls asleep even if nobody waits for it any more."""
+        self.clock += seconds
+        for container in self.containers.values():
+            if container.get("sleeps_at", self.clock + 1) <= self.clock:
+                container["asleep"] = True
+                del container["sleeps_at"]
 
     def used(self) -> int:
         return sum(ASLEEP_TAKES if c["asleep"] else c["takes"] for c in self.containers.values() if c["running"])
@@ -76,7 +85,7 @@ class FakeHost:
         return self.world.clock
 
     def pause(self, seconds: float) -> None:
-        self.world.clock += seconds
+        self.world.pass_time(seconds)
         self.world.request()
 
     def save(self, state: State) -> None:
@@ -102,6 +111,7 @@ class FakeHost:
         def act() -> None:
             container = self.world.containers[slot]
             seconds = 10_000 if self.fate.get(container["model"]) == "slow" else 5
+            container.pop("sleeps_at", None)
             container.update(running=True, asleep=False, ready_at=self.world.clock + seconds, born=f"{slot} {self.world.clock} {self.steps}")
             assert self.world.used() <= self.world.memory, "more memory than there is"
 
@@ -112,6 +122,7 @@ class FakeHost:
             if slot in self.world.containers:
                 if slot == State.from_json(self.world.file).active:
                     assert not self.requests.get(slot), "requests were running"
+                self.world.containers[slot].pop("sleeps_at", None)
                 self.world.containers[slot].update(running=False, asleep=False)
 
         self.step(f"stop {slot}", act)
@@ -140,11 +151,16 @@ class FakeHost:
         return bool(self.world.containers.get(slot, {}).get("asleep"))
 
     def sleep(self, slot: str) -> None:
+        """The engine takes its time, and one order after the other. A run that is killed right after it gave the order does not wait for it."""
         assert not self.requests.get(slot), "requests were running"
-        self.step(f"sleep {slot}", lambda: self.world.containers[slot].update(asleep=True))
+        container = self.world.containers[slot]
+        if not container["asleep"]:
+            self.step(f"sleep {slot}", lambda: container.setdefault("sleeps_at", self.world.clock + SLEEP_TAKES))
+            self.world.pass_time(SLEEP_TAKES)
 
     def wake(self, slot: str) -> None:
         def act() -> None:
+            self.world.pass_time(SLEEP_TAKES if "sleeps_at" in self.world.containers[slot] else 0)
             self.world.containers[slot].update(asleep=False)
             assert self.world.used() <= self.world.memory, "more memory than there is"
 
@@ -215,7 +231,9 @@ def serving(memory: int = 1000, **options: Any) -> World:
 
 
 def check_serves(world: World, model: str) -> None:
-    """All that is said about what serves must say the same."""
+    """All that is said about what serves must say the same, also after a while."""
+    world.pass_time(100)
+    world.request()
     state = State.from_json(world.file)
     assert state.target == ""
     assert world.route == world.kept == state.active
@@ -496,6 +514,7 @@ def reboot(world: World) -> None:
     """Only what systemd starts runs, and it takes a while. The gateway begins with what was kept."""
     world.route = world.kept
     for name, container in world.containers.items():
+        container.pop("sleeps_at", None)
         container.update(asleep=False, running=name in world.enabled, ready_at=world.clock + 5, born=f"boot {world.clock}")
 
 
@@ -586,6 +605,22 @@ def test_killed_anywhere_it_converges_when_repeated(memory: int, strategy: str, 
         return check_serves(world, "old")
     operate(world, strategy, kind)
     return check_serves(world, "new" if kind == "swap" else "old")
+
+
+@pytest.mark.parametrize(("memory", "strategy", "kind", "step", "before"), scenarios())
+def test_killed_anywhere_the_watchdog_has_a_model_serve(memory: int, strategy: str, kind: str, step: int, before: bool) -> None:
+    """At once, while what was ordered may still be at work, and nobody repeats what was killed."""
+    world = prepared(memory, strategy, kind)
+    with pytest.raises(Killed):
+        operate(world, strategy, kind, kill_at=step, before=before)
+    run(world, lambda swap: swap.recover())
+    state = State.from_json(world.file)
+    if state.standby and state.standby not in world.containers:
+        # Nobody needs the record of what was being removed, and the next run notices.
+        with pytest.raises(SwapError, match="nothing to roll back to"):
+            run(world, lambda swap: swap.rollback())
+    check_serves(world, state.slots[state.active].model)
+    assert "new" not in world.answered or kind != "bad"
 
 
 @pytest.mark.parametrize("step", range(60))
