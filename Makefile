@@ -72,7 +72,7 @@ promtool-test: venv
 	sh tests/packages.sh
 	python -m pytest -q tests/promtool
 
-## make molecule      the whole stack with a scripted model server: check, converge, verify, idempotence, verify
+## make molecule      the whole stack with a scripted model server: check, converge, idempotence, verify
 molecule: engine
 	bash tests/molecule.sh default
 

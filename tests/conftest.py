@@ -1,9 +1,15 @@
-"""Make the checkout importable under its collection name, as ansible.cfg does for Ansible."""
+"""Make the checkout importable under its collection name, as ansible.cfg does for Ansible, and name what drills are marked with."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / ".collections"), str(ROOT / "tools"), str(ROOT / "tests" / "host"), str(ROOT / "tests" / "swap")]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "long: takes time that `make test` does not have")

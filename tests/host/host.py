@@ -2,7 +2,7 @@
 
 Standard library only, because it also works before the virtual environment exists.
 
-    python3 tests/host/host.py up NAME [--domain DOMAIN] [--publish 127.0.0.1:8443:443]
+    python3 tests/host/host.py up NAME [--domain DOMAIN] [--publish 127.0.0.1:8443:443] [--with-docker]
     python3 tests/host/host.py down NAME [--keep-images]
     python3 tests/host/host.py engine        # make sure that a Docker engine answers
 """
@@ -34,6 +34,8 @@ RUN_FLAGS = [
     "--tmpfs=/tmp",
     "--volume=/sys/fs/cgroup:/sys/fs/cgroup:rw",
 ]
+# As the role `docker` installs them.
+DOCKER_PACKAGES = "docker.io docker-cli docker-compose docker-buildx"
 # Fails in every container, because modules are the kernel's affair.
 UNITS_THAT_MAY_FAIL = {"systemd-modules-load.service"}
 
@@ -81,14 +83,14 @@ def engine() -> None:
     raise HostError("\n".join(["The Docker engine was started, but does not answer `docker info`. Its last log lines:", *log_lines]))
 
 
-def up(name: str, domain: str, publish: list[str]) -> bool:
-    """Start the host, or leave a running one alone. Return whether it was started."""
+def up(name: str, domain: str, publish: list[str], with_docker: bool = False) -> bool:
+    """Start the host, bare or with Docker installed, or leave a running one alone. Return whether it was started."""
     engine()
     state = run("docker", "container", "inspect", "--format", "{{.State.Status}}", name, check=False)
     if state and state != "running":
         run("docker", "container", "start", name)
     if not state:
-        image = _image()
+        image = _image(DOCKER_PACKAGES if with_docker else "")
         ports = [f"--publish={port}" for port in publish]
         run(
             *("docker", "run", "--detach", "--name", name, "--hostname", name, "--label", f"{LABEL}={name}"),
@@ -120,8 +122,8 @@ def _engine_answers() -> bool:
         return False
 
 
-def _image() -> str:
-    digest = hashlib.sha256()
+def _image(packages: str) -> str:
+    digest = hashlib.sha256(packages.encode())
     for path in sorted(HERE.rglob("*")):
         if path.is_file() and path.suffix not in {".py", ".pyc"}:
             digest.update(path.relative_to(HERE).as_posix().encode() + path.read_bytes())
@@ -129,7 +131,7 @@ def _image() -> str:
     if not run("docker", "image", "ls", "--quiet", image):
         _base()
         print("building the image of the test host", flush=True)
-        run("docker", "build", "--build-arg", f"BASE_IMAGE={BASE}", "--tag", image, str(HERE))
+        run("docker", "build", "--build-arg", f"BASE_IMAGE={BASE}", "--build-arg", f"PACKAGES={packages}", "--tag", image, str(HERE))
     return image
 
 
@@ -171,6 +173,7 @@ def main() -> int:
     up_parser.add_argument("name")
     up_parser.add_argument("--domain", default="agent.localhost")
     up_parser.add_argument("--publish", action="append", default=[])
+    up_parser.add_argument("--with-docker", action="store_true")
     down_parser = commands.add_parser("down")
     down_parser.add_argument("name")
     down_parser.add_argument("--keep-images", action="store_true")
@@ -178,7 +181,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         if arguments.command == "up":
-            up(arguments.name, arguments.domain, arguments.publish)
+            up(arguments.name, arguments.domain, arguments.publish, arguments.with_docker)
         elif arguments.command == "down":
             down(arguments.name, arguments.keep_images)
         else:

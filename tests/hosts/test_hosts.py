@@ -12,6 +12,8 @@ from swap_host import GATEWAY, ROOT, SwapHost
 INVENTORY = ROOT / "molecule" / "hosts" / "inventory" / "hosts.yml"
 FRONT, ONE, TWO = (SwapHost(f"agent-stack-{name}", INVENTORY, "playbooks/site.yml") for name in ("front", "gpu1", "gpu2"))
 RATE = 20
+# `make test` has no time for these; `molecule test -s hosts` and `make molecule-hosts` run them.
+LONG = pytest.mark.long
 
 
 def site(model: str, strategy: str = "side_by_side", *arguments: str) -> list[str]:
@@ -69,6 +71,13 @@ def test_the_door_is_closed_without_the_fronts_key() -> None:
     assert FRONT.on_host("stat", "--format", "%a %u", "/opt/agent-stack/vllm/config/peers/own.crt.key") == "400 99"
 
 
+@LONG
+def test_a_second_run_changes_nothing() -> None:
+    done = FRONT.play("--tags", "docker,vllm", playbook="molecule/default/converge.yml")
+    assert done.returncode == 0, done.output
+    assert re.findall(r"changed=(\d+)", done.output.split("PLAY RECAP")[-1]) == ["0", "0", "0"], done.output
+
+
 def test_swap_one_host_after_the_other_under_load() -> None:
     with FRONT.load(RATE) as traffic:
         done = FRONT.play(*site("second"))
@@ -78,6 +87,7 @@ def test_swap_one_host_after_the_other_under_load() -> None:
     assert served(ONE) == served(TWO) == "second"
 
 
+@LONG
 def test_swap_on_one_gpu_each_makes_nobody_wait() -> None:
     """While one host loads for four seconds, the other answers."""
     with FRONT.load(RATE) as traffic:
@@ -90,6 +100,7 @@ def test_swap_on_one_gpu_each_makes_nobody_wait() -> None:
     assert served(ONE) == served(TWO) == "third-slow-4"
 
 
+@LONG
 def test_rollback_of_all() -> None:
     with FRONT.load(RATE) as traffic:
         done = FRONT.play(playbook="playbooks/rollback.yml")

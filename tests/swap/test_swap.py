@@ -52,6 +52,13 @@ def _as_converged() -> None:
     assert HOST.play(playbook="playbooks/prune.yml").returncode == 0
 
 
+@LONG
+def test_a_second_run_changes_nothing() -> None:
+    done = HOST.play(playbook="molecule/swap/converge.yml")
+    assert done.returncode == 0, done.output
+    assert done.changed == 0, done.output
+
+
 def test_swap_by_tag_under_load() -> None:
     with HOST.load(RATE) as traffic:
         done = HOST.play("--tags", "vllm", *HOST.wish("second"), playbook="molecule/swap/converge.yml")

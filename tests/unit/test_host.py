@@ -137,3 +137,12 @@ def test_a_scenario_leaves_the_images_for_the_next_one(programs: Path, monkeypat
     program(programs, "docker")
     assert command(monkeypatch, "down", "x", "--keep-images") == 0
     assert asked(programs)[1:] == ["docker container rm --force --volumes x", "docker volume rm --force x-docker"]
+
+
+@pytest.mark.parametrize(("arguments", "packages"), [((), ""), (("--with-docker",), host.DOCKER_PACKAGES)])
+def test_a_host_may_have_docker_from_the_start(programs: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], packages: str) -> None:
+    states = 'case "$*" in *is-system-running*) echo running;; "image ls"*base*) echo 1;; esac'
+    program(programs, "docker", states)
+    assert command(monkeypatch, "up", "x", *arguments) == 0
+    (build,) = (line for line in asked(programs) if line.startswith("docker build"))
+    assert f"--build-arg PACKAGES={packages} --tag agent-stack-test/host:" in build
