@@ -27,6 +27,9 @@ BROKEN = [
     ("DiskAlmostFull", "expr", "< 0.1", "< 0.12"),
     ("DiskAlmostFull", "expr", "tmpfs|ramfs", "ramfs"),
     ("DiskAlmostFull", "for", "5m", "1m"),
+    ("ModelDown", "expr", 'job="vllm"', 'job="model"'),
+    ("ModelDown", "expr", "== 0", "<= 1"),
+    ("ModelDown", "for", "300s", "2m"),
     ("ModelKvCacheFull", "expr", "> 0.9", "> 0.96"),
     ("ModelKvCacheFull", "expr", "> 0.9", "> 0.89"),
     ("ModelKvCacheFull", "for", "5m", "3m"),
@@ -47,6 +50,7 @@ BROKEN = [
     ("RedisDown", "for", "1m", "15s"),
     ("TargetDown", "expr", "== 0", "== 2"),
     ("TargetDown", "expr", "== 0", "<= 1"),
+    ("TargetDown", "expr", 'job!="vllm"', 'job!="model"'),
     ("TargetDown", "for", "2m", "30s"),
     ("Watchdog", "expr", "vector(1)", "vector(1) > 1"),
 ]
