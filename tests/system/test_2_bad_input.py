@@ -21,7 +21,7 @@ INVENTORY_CASES = [
     ({"agent_stack_image_source": "hub"}, "agent_stack_image_source must be one of: registry, build, archive, got: hub"),
     ({"vllm_device": "tpu"}, "vllm_device must be one of: cuda, cpu, got: tpu"),
     ({"vllm_model": ""}, 'vllm_model is "" allowed is an id on the model hub'),
-    ({"vllm_gpu_memory_utilization": 1.5}, "vllm_gpu_memory_utilization is 1.5 allowed is 0.1 to 1.0"),
+    ({"vllm_gpu_memory_utilization": 1.5}, "vllm_gpu_memory_utilization is 1.5 allowed is 0.01 to 1.0"),
     ({"agent_port": 70000}, "agent_port is 70000 allowed is 1024 to 65535"),
     ({"agent_port": 0}, "agent_port is 0 allowed is 1024 to 65535"),
     ({"agent_port": "80; x"}, "agent_port 80; x int"),
