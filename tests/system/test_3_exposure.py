@@ -126,6 +126,7 @@ def forms(secret: str) -> set[str]:
     return {secret, json.dumps(secret)[1:-1]}
 
 
+@pytest.mark.long
 def test_rotation_takes_effect_and_leaves_no_trace(
     play: Callable[..., Play],
     on_host: Callable[..., str],

@@ -42,6 +42,7 @@ def test_installed_collection_has_what_a_user_needs_and_no_more(installed: Path)
     assert not list(collection.rglob("secrets.yml")) or all("tasks" in path.parts for path in collection.rglob("secrets.yml"))
 
 
+@pytest.mark.long
 def test_installed_collection_finds_nothing_to_change(installed: Path, play: Callable[..., Play]) -> None:
     result = play(playbook="selfhosted.agent_stack.site", cwd=installed, collections=installed / "collections")
     assert result.returncode == 0, result.output[-3000:]
