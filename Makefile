@@ -33,7 +33,7 @@ demo-clean: venv
 	$(BIN)/python tools/demo.py clean
 
 ## make test          everything that CI runs; about 50 minutes on two cores. Drills marked `long` are left to their own targets
-test: export PYTEST_ADDOPTS = -m "not long"
+test: export DRILLS = not long
 test: lint unit agent-test promtool-test molecule molecule-swap molecule-hosts molecule-nvidia system-test
 	@echo "== all tests passed"
 
@@ -95,7 +95,7 @@ bench-swap: engine
 
 ## make system-test   make demo (a real model on the CPU), then drills on its host: second run, bad input, secrets, recovery
 system-test: demo
-	python -m pytest -q -x --durations=10 -rP tests/system
+	python -m pytest -q -x --durations=10 -rP -m "$(DRILLS)" tests/system
 
 ## make bench-agent   the agent against its peers on this machine: latency added and turns/s; about 25 minutes
 bench-agent: .cache/agent-venv/.complete .cache/bench-venv/.complete
