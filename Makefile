@@ -32,7 +32,7 @@ demo: venv
 demo-clean: venv
 	$(BIN)/python tools/demo.py clean
 
-## make test          everything that CI runs; about 50 minutes on two cores. Drills marked `long` are left to their own targets
+## make test          everything that CI runs; 70 minutes on two cores. Drills marked `long` are left to their own targets
 test: export DRILLS = not long
 test: lint unit agent-test promtool-test molecule molecule-swap molecule-hosts molecule-nvidia system-test
 	@echo "== all tests passed"
