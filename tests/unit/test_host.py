@@ -9,6 +9,7 @@ from pathlib import Path
 
 import host
 import pytest
+import yaml
 
 # `docker info` fails as it does where no daemon runs.
 NO_DAEMON = 'echo "Cannot connect to the Docker daemon" >&2; exit 1'
@@ -146,3 +147,9 @@ def test_a_host_may_have_docker_from_the_start(programs: Path, monkeypatch: pyte
     assert command(monkeypatch, "up", "x", *arguments) == 0
     (build,) = (line for line in asked(programs) if line.startswith("docker build"))
     assert f"--build-arg PACKAGES={packages} --tag agent-stack-test/host:" in build
+
+
+def test_docker_is_what_the_role_installs() -> None:
+    variables = yaml.safe_load((Path(__file__).resolve().parents[2] / "roles" / "docker" / "vars" / "main.yml").read_text())
+    (packages,) = (names["Debian 13"] for names in variables.values() if isinstance(names, dict) and "Debian 13" in names)
+    assert host.DOCKER_PACKAGES.split() == packages
