@@ -265,7 +265,7 @@ def test_a_target_stopped_while_a_model_starts_leaves_nothing_running() -> None:
     unit = f"agent-stack@vllm-{HOST.state()['active']}"
     # The container runs, and Compose waits for it to be healthy.
     waiting = f'[ "$(systemctl is-active {unit})" = activating ] && [ -n "$(docker ps --quiet --filter name={container()})" ]'
-    HOST.on_host("sh", "-c", f"systemctl restart --no-block {unit}; until {waiting}; do sleep 0.02; done")
+    HOST.on_host("timeout", "30", "sh", "-c", f"systemctl restart --no-block {unit}; until {waiting}; do sleep 0.02; done")
     stop_target()
     HOST.on_host("systemctl", "start", "agent-stack.target")
     wait_until_serves("first")
