@@ -48,8 +48,9 @@ def main() -> None:
         gpu = planner.Gpu(given["name"], int(given["total_mib"]), int(given["total_mib"]), float(given["capability"]))
         shape = planner.read_shape(json.loads((models / f"{name}.json").read_text()))
         element = 1 if "kv_cache_dtype_fp8" in log.stem else 2
-        wish = planner.Wish(0.9, settings["max_model_len"], 1, element, settings["max_num_batched_tokens"], settings["max_num_seqs"])
-        memory = planner.plan_on(shape, None, gpu, 1, wish).memory
+        tensor, pipeline = settings.get("tensor_parallel_size", 1), settings.get("pipeline_parallel_size", 1)
+        wish = planner.Wish(0.9, settings["max_model_len"], tensor, element, settings["max_num_batched_tokens"], settings["max_num_seqs"], pipeline)
+        memory = planner.plan_on(planner.stage_of(shape, None, pipeline)[0], None, gpu, tensor, wish).memory
         weights, cache = number(r"Model loading took ([\d.]+)", text), number(r"Available KV cache memory: ([\d.]+)", text)
         differences[log.stem] = round(100 * (memory.kv_tokens / tokens - 1), 1)
         planned = f"{memory.weights / planner.GIB:.2f} | {cache:.2f} | {memory.kv_cache / planner.GIB:.2f}"

@@ -49,6 +49,8 @@ def engine(directory: Path, keywords: dict[str, Any]) -> None:
         "max_cudagraph_capture_size": config.compilation_config.max_cudagraph_capture_size,
         "block_size": config.cache_config.block_size,
         "max_model_len": config.model_config.max_model_len,
+        "tensor_parallel_size": config.parallel_config.tensor_parallel_size,
+        "pipeline_parallel_size": config.parallel_config.pipeline_parallel_size,
         "gpu": gpu(),
     }
     print("PLAN " + json.dumps(chosen), flush=True)

@@ -20,18 +20,16 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any, TextIO
 from urllib.error import URLError
-from urllib.request import ProxyHandler, Request, build_opener
+from urllib.request import Request
 
 from ansible_collections.selfhosted.agent_stack.plugins.module_utils import _vllm_api
-from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_judge import Judge
+from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_judge import OPENER, Judge, unix_url
 from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_swap import HOLD, SLOTS, State, SwapError, Traffic
 
 NETWORK = "agent-stack-model"
 PORT = 8000
 # A server of HAProxy's takes no new requests with any of these set: maintenance by command, inherited, for want of an address, or by host name.
 OUT_OF_SERVICE = 0x01 | 0x02 | 0x20 | 0x40
-# Containers are not asked through a proxy that the host may use for the world outside.
-OPENER = build_opener(ProxyHandler({}))
 SERVER_LINE = re.compile(r"^(\s*server (\w+) .*?)( disabled)?$", re.MULTILINE)
 
 
@@ -50,6 +48,10 @@ class Paths:
     @property
     def socket(self) -> Path:
         return self.root / "vllm" / "run" / "haproxy.sock"
+
+    def sockets(self, slot: str) -> Path:
+        """Where a slot that shares the host's network has its socket. The gateway sees the directory of both as /run/vllm."""
+        return self.root / "vllm" / "sockets" / slot
 
     @property
     def state(self) -> Path:
@@ -159,9 +161,9 @@ class Gateway:
         return int(self.statistics(patience).get(slot, {}).get("scur") or 0)
 
     def route(self, to: str) -> bool:
-        """Send new requests to one server alone. The new one first, so that there is always one."""
+        """Send new requests to one slot alone, or to none. The new one first. Where they are held is always in service, and taken where nothing else is."""
         now = self.servers()
-        wanted = {key: key[1] == to for key in now if key[0] in ("model", "model_now") and key[1] in (*SLOTS, HOLD)}
+        wanted = {key: key[1] in (to, HOLD) for key in now if key[0] in ("model", "model_now") and key[1] in (*SLOTS, HOLD)}
         changes = [key for key in sorted(wanted, key=lambda key: not wanted[key]) if now[key][1] != wanted[key]]
         for backend, name in changes:
             answer = self.ask(f"set server {backend}/{name} state {'ready' if wanted[backend, name] else 'maint'}").strip()
@@ -172,10 +174,10 @@ class Gateway:
     def keep(self, to: str, text: str = "", *, dry: bool = False) -> bool:
         """Have the file name the same; `text` replaces the rest of it. Return whether that is a change, which is not made if `dry`.
 
-        What is in service has no `disabled` at the end of its line there.
+        The slot that is in service has no `disabled` at the end of its line there.
         """
         before = self.paths.servers.read_text() if self.paths.servers.exists() else ""
-        after = SERVER_LINE.sub(lambda match: match[1] + (" disabled" if match[2] in (*SLOTS, HOLD) and match[2] != to else ""), text or before)
+        after = SERVER_LINE.sub(lambda match: match[1] + (" disabled" if match[2] in SLOTS and match[2] != to else ""), text or before)
         if after == before:
             return False
         if not dry:
@@ -227,7 +229,13 @@ class DockerHost:
         """Return the slot's address on the model's network, or nothing."""
         return str(self.inspect(slot).get("NetworkSettings", {}).get("Networks", {}).get(NETWORK, {}).get("IPAddress") or "")
 
+    def on_host_network(self, slot: str) -> bool:
+        """A model that several hosts share is on the network of each, and listens for requests on a socket that only the gateway reaches."""
+        return bool(self.inspect(slot).get("HostConfig", {}).get("NetworkMode") == "host")
+
     def url(self, slot: str) -> str:
+        if self.on_host_network(slot):
+            return unix_url(str(self.paths.sockets(slot) / "api.sock"))
         address = self.address(slot)
         if not address:
             raise URLError(f"{container(slot)} has no address")
@@ -273,11 +281,12 @@ class DockerHost:
             raise SwapError(f"the host's GPU is away, and no model can be started: nvidia-smi ended with {found.returncode}: {said}")
 
     def create(self, slot: str, definition: dict[str, Any]) -> None:
-        project = {
-            "name": f"agent-stack-vllm-{slot}",
-            "services": {"server": definition | {"networks": {"model": {"aliases": [f"{slot}.model.internal"]}}}},
-            "networks": {"model": {"name": NETWORK, "external": True}},
-        }
+        project: dict[str, Any] = {"name": f"agent-stack-vllm-{slot}"}
+        if definition.get("network_mode") == "host":
+            project["services"] = {"server": definition | {"volumes": [*definition["volumes"], f"{self.paths.sockets(slot)}:/run/vllm"]}}
+        else:
+            project["services"] = {"server": definition | {"networks": {"model": {"aliases": [f"{slot}.model.internal"]}}}}
+            project["networks"] = {"model": {"name": NETWORK, "external": True}}
         directory = self.paths.project(slot)
         directory.mkdir(mode=0o755, exist_ok=True)
         self._stand_by(slot, True)
@@ -383,6 +392,8 @@ class DockerHost:
 
     def _wait_for_address(self, slot: str) -> None:
         """HAProxy asks for names once a second. Until it knows the new address it would send requests to the old one."""
+        if self.on_host_network(slot):
+            return
         deadline = self.now() + 30
         while True:
             address = self.address(slot)

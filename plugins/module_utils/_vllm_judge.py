@@ -4,19 +4,46 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing
-from http.client import HTTPException
+from http.client import HTTPConnection, HTTPException, HTTPResponse
 from typing import Any
 from urllib.error import HTTPError
-from urllib.request import ProxyHandler, Request, build_opener
+from urllib.parse import quote
+from urllib.request import AbstractHTTPHandler, ProxyHandler, Request, build_opener
 
 from ansible_collections.selfhosted.agent_stack.plugins.module_utils import _vllm_api
 from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_api import ApiError
 
+
+
+class UnixConnection(HTTPConnection):
+    """HTTP over the Unix socket at the path `host`."""
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self.host)
+
+
+class UnixHandler(AbstractHTTPHandler):
+    """Opens addresses of the form unix://PATH-WITH-ESCAPED-SLASHES/path, as `unix_url` makes them."""
+
+    unix_request = AbstractHTTPHandler.do_request_
+
+    def unix_open(self, request: Request) -> HTTPResponse:
+        return self.do_open(UnixConnection, request)
+
+
+def unix_url(path: str) -> str:
+    """Return the address of the server that listens on a Unix socket."""
+    return f"unix://{quote(path, safe='')}"
+
+
 # A server of the stack's own is not asked through a proxy for the world outside.
-OPENER = build_opener(ProxyHandler({}))
+OPENER = build_opener(ProxyHandler({}), UnixHandler)
 
 # The option `golden_prompts` of the modules that judge.
 GOLDEN_PROMPTS: dict[str, Any] = {

@@ -125,7 +125,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Wish:
-    """What the user asks for. 0 means that the plan chooses."""
+    """What the user asks for. 0 means that the plan chooses. `pipeline` is how many hosts share the layers."""
 
     utilization: float = 0.9
     context: int = 0
@@ -133,6 +133,7 @@ class Wish:
     kv_element_bytes: int = 2
     batch_tokens: int = 0
     batch_requests: int = 0
+    pipeline: int = 1
 
 
 @dataclass(frozen=True)
@@ -493,9 +494,9 @@ def step_bytes(shape: Shape, tensor_parallel: int, batch: Batch) -> int:
     return max(compile_peak, activations, logits)
 
 
-def overhead_bytes(shape: Shape, tensor_parallel: int, batch: Batch) -> int:
+def overhead_bytes(shape: Shape, tensor_parallel: int, batch: Batch, *, several: bool) -> int:
     graphs = GRAPH_BYTES + GRAPH_BYTES_PER_LAYER * shape.layers
-    return FIXED_BYTES + graphs + step_bytes(shape, tensor_parallel, batch) + (PARALLEL_BYTES if tensor_parallel > 1 else 0)
+    return FIXED_BYTES + graphs + step_bytes(shape, tensor_parallel, batch) + (PARALLEL_BYTES if several else 0)
 
 
 # -------------------------------------------------------------------------------------------------------------- the verdict
@@ -507,13 +508,36 @@ def check_wish(wish: Wish, shape: Shape) -> None:
         raise PlanError(f"the utilisation is {wish.utilization:g}; allowed is more than 0 and at most 1.")
     if wish.context < 0 or wish.tensor_parallel < 0:
         raise PlanError(f"the context is {wish.context} and the number of GPUs {wish.tensor_parallel}; neither can be negative.")
+    if not 1 <= wish.pipeline <= shape.layers:
+        raise PlanError(f"{wish.pipeline} hosts were to share the model's {shape.layers} layers; allowed is 1 to {shape.layers}.")
     if wish.context > shape.max_context:
         raise PlanError(f"a context of {wish.context:,} tokens was asked for, and the model has at most {shape.max_context:,}.")
 
 
+def stage_of(shape: Shape, disk_bytes: int | None, pipeline: int) -> tuple[Shape, int | None]:
+    """Return the part of a model that one of several hosts serves, the largest one. The first holds the embedding, the last the logits' matrix."""
+    if pipeline == 1:
+        return shape, disk_bytes
+    layers = math.ceil(shape.layers / pipeline)
+    share = layers / shape.layers
+    stage = replace(
+        shape,
+        layers=layers,
+        attention=tuple(replace(kind, count=math.ceil(kind.count * share)) for kind in shape.attention),
+        embedding_parameters=min(shape.embedding_parameters, shape.vocabulary * shape.hidden),
+        linear_parameters=math.ceil(shape.linear_parameters * share),
+        other_parameters=math.ceil(shape.other_parameters * share),
+    )
+    return stage, None if disk_bytes is None else math.ceil(disk_bytes * stage.weight_bytes() / shape.weight_bytes())
+
+
 def make_plan(shape: Shape, disk_bytes: int | None, gpus: Sequence[Gpu], wish: Wish) -> Plan:
-    """Return the plan with the fewest GPUs that fits, or the one for all GPUs with the reason why it does not. Raises PlanError."""
+    """Return the plan with the fewest GPUs that fits, or the one for all GPUs with the reason why it does not. Raises PlanError.
+
+    `gpus` are those of one host; with `wish.pipeline` hosts each has as many, and holds as much.
+    """
     check_wish(wish, shape)
+    shape, disk_bytes = stage_of(shape, disk_bytes, wish.pipeline)
     if not gpus:
         raise PlanError("there is no GPU to plan for.")
     if any(gpu.total_mib <= 0 for gpu in gpus):
@@ -547,7 +571,7 @@ def memory_on(shape: Shape, disk_bytes: int | None, gpu: Gpu, tensor_parallel: i
     default = default_batch(gpu)
     batch = Batch(wish.batch_tokens or default.tokens, wish.batch_requests or default.requests)
     weights = loaded_bytes(shape, disk_bytes, gpu) // tensor_parallel
-    overhead = overhead_bytes(shape, tensor_parallel, batch)
+    overhead = overhead_bytes(shape, tensor_parallel, batch, several=tensor_parallel * wish.pipeline > 1)
     kv_cache = int(wish.utilization * gpu.total) - weights - overhead
     pool = kv_pool(shape, tensor_parallel, wish.kv_element_bytes, batch)
     longest = longest_context(pool, kv_cache, shape.max_context)
@@ -616,7 +640,7 @@ def _with_advice(shape: Shape, disk_bytes: int | None, plan: Plan, wish: Wish) -
     offers = []
     four_bit = _as_awq(shape)
     if shape.quantization in ("bf16", "fp8", "int8") and fits(model=four_bit, bytes_on_disk=None):
-        offers.append(f"a 4 bit version of it (AWQ, about {four_bit.weight_bytes() / GIB:.0f} GiB)")
+        offers.append(f"a 4 bit version of it (AWQ, about {four_bit.weight_bytes() * wish.pipeline / GIB:.0f} GiB)")
     more = next((count for count in (2, 4, 8, 16) if count > size and fits(gpus=count)), None)
     if more:
         offers.append(f"{more} such GPUs")

@@ -56,9 +56,13 @@ options:
     type: int
     default: 0
   tensor_parallel_size:
-    description: Number of GPUs that share the model. 0 means the smallest that fits.
+    description: Number of GPUs of one host that share the model. 0 means the smallest that fits.
     type: int
     default: 0
+  pipeline_parallel_size:
+    description: Number of hosts with such GPUs that share the model's layers.
+    type: int
+    default: 1
   kv_cache_dtype:
     description: How keys and values are kept. V(fp8) halves them.
     type: str
@@ -312,7 +316,9 @@ def parsers_of(params: dict[str, Any], family: dict[str, Any] | None) -> dict[st
 
 def size_arguments(plan: _vllm_plan.Plan, swap: _vllm_plan.Swap, params: dict[str, Any]) -> list[str]:
     utilization = swap.utilization if swap.strategy == "side_by_side" else params["gpu_memory_utilization"]
-    return ["--max-model-len", str(plan.context), "--gpu-memory-utilization", f"{utilization:g}", "--tensor-parallel-size", str(plan.tensor_parallel)]
+    sizes = ["--max-model-len", str(plan.context), "--gpu-memory-utilization", f"{utilization:g}", "--tensor-parallel-size", str(plan.tensor_parallel)]
+    pipeline = params["pipeline_parallel_size"]
+    return sizes + (["--pipeline-parallel-size", str(pipeline)] if pipeline > 1 else [])
 
 
 def model_arguments(
@@ -334,7 +340,9 @@ def model_arguments(
     return arguments
 
 
-def warnings_of(plan: _vllm_plan.Plan, swap: _vllm_plan.Swap, shape: _vllm_plan.Shape, family: dict[str, Any] | None, measured: bool) -> list[str]:
+def warnings_of(
+    plan: _vllm_plan.Plan, swap: _vllm_plan.Swap, shape: _vllm_plan.Shape, family: dict[str, Any] | None, params: dict[str, Any], *, measured: bool
+) -> list[str]:
     found = []
     if not measured:
         found.append("No safetensors files were found; the size of the weights is computed from config.json.")
@@ -344,7 +352,7 @@ def warnings_of(plan: _vllm_plan.Plan, swap: _vllm_plan.Swap, shape: _vllm_plan.
         found.append("The model also takes images; what their encoder needs while it runs is not in the plan (--limit-mm-per-prompt switches it off).")
     if shape.stateful_layers:
         found.append(f"{shape.stateful_layers} layers keep a state instead of keys and values, which is not in the plan.")
-    if plan.tensor_parallel > 1:
+    if plan.tensor_parallel * params["pipeline_parallel_size"] > 1:
         found.append("What several GPUs need for talking to each other is an assumption (1 GiB each), not measured.")
     if 0 < plan.gpu.capability < _vllm_plan.FP8_CAPABILITY and shape.quantization == "fp8":
         found.append(f"The {plan.gpu.name} does not compute in FP8; the weights stay small, and the speed is that of 16 bits.")
@@ -368,6 +376,7 @@ def make_result(params: dict[str, Any]) -> dict[str, Any]:
         utilization=params["gpu_memory_utilization"],
         context=params["max_model_len"],
         tensor_parallel=params["tensor_parallel_size"],
+        pipeline=params["pipeline_parallel_size"],
         kv_element_bytes=1 if params["kv_cache_dtype"] == "fp8" else 2,
     )
     plan = _vllm_plan.make_plan(shape, files.weight_bytes, gpus_of(params["gpus"], params["timeout"]), wish)
@@ -381,12 +390,13 @@ def make_result(params: dict[str, Any]) -> dict[str, Any]:
     for entry in catalogue.get("faster", []):
         if entry["quantization"] == shape.quantization and float(entry["compute_capability"]) == plan.gpu.capability:
             environment.update(entry["environment"])
-    gpus = "1 GPU" if plan.tensor_parallel == 1 else f"each of {plan.tensor_parallel} GPUs"
+    together = plan.tensor_parallel * params["pipeline_parallel_size"]
+    gpus = "1 GPU" if together == 1 else f"each of {together} GPUs"
     return {
         "fits": plan.fits and not no_room and not blocked,
         "reason": plan.reason or no_room or blocked,
         "advice": plan.advice or ("Free that much, or set another disk_path." if no_room else "Stop them, or ask for a smaller share." if blocked else ""),
-        "warnings_found": warnings_of(plan, swap, shape, family, files.weight_bytes is not None),
+        "warnings_found": warnings_of(plan, swap, shape, family, params, measured=files.weight_bytes is not None),
         "summary": f"{params['model']}: {memory.weights / GIB:.1f} GiB of weights on {gpus}, {memory.kv_cache / GIB:.1f} GiB of KV cache"
         f" for {memory.kv_tokens:,} tokens, {memory.contexts:.1f} contexts of {plan.context:,}",
         "arguments": size_arguments(plan, swap, params) + for_model if plan.fits else [],
@@ -434,6 +444,7 @@ def main() -> None:
             "gpu_memory_utilization": {"type": "float", "default": 0.9},
             "max_model_len": {"type": "int", "default": 0},
             "tensor_parallel_size": {"type": "int", "default": 0},
+            "pipeline_parallel_size": {"type": "int", "default": 1},
             "kv_cache_dtype": {"type": "str", "choices": ["auto", "fp8"], "default": "auto"},
             "tool_call_parser": {"type": "str", "default": "auto"},
             "reasoning_parser": {"type": "str", "default": "auto"},

@@ -1,4 +1,7 @@
-"""Several hosts: a front, and two that serve the model, with real Docker, systemd and HAProxy on each. They run in this order."""
+"""Several hosts: a front, two that serve the model, and one that shares that of the first, with real Docker, systemd and HAProxy on each.
+
+They run in this order.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,14 @@ import pytest
 from swap_host import GATEWAY, ROOT, SwapHost
 
 INVENTORY = ROOT / "molecule" / "hosts" / "inventory" / "hosts.yml"
-FRONT, ONE, TWO = (SwapHost(f"agent-stack-{name}", INVENTORY, "playbooks/site.yml") for name in ("front", "gpu1", "gpu2"))
+FRONT, ONE, TWO, FOLLOWER = (SwapHost(f"agent-stack-{name}", INVENTORY, "playbooks/site.yml") for name in ("front", "gpu1", "gpu2", "gpu3"))
 RATE = 20
 # `make test` has no time for these; `molecule test -s hosts` and `make molecule-hosts` run them.
 LONG = pytest.mark.long
 
 
 def site(model: str, strategy: str = "side_by_side", *arguments: str) -> list[str]:
-    return ["--tags", "vllm", "--limit", "inference", *FRONT.wish(model, strategy), *arguments]
+    return ["--tags", "vllm", "--limit", "inference,followers", *FRONT.wish(model, strategy), *arguments]
 
 
 def served(host: SwapHost) -> str:
@@ -46,6 +49,28 @@ def monitor(host: SwapHost) -> str:
     return host.on_host("docker", "inspect", "--format", '{{(index .NetworkSettings.Networks "agent-stack-monitor").IPAddress}}', GATEWAY)
 
 
+def meeting_ports() -> set[str]:
+    """Where the models of the head's two slots wait for the hosts that share them."""
+    return set(re.findall(r'"--master-port",\s*"(\d+)"', ONE.on_host("sh", "-c", "cat /opt/agent-stack/vllm-*/compose.yml")))
+
+
+def followers() -> set[str]:
+    """Those for which a container runs on the host that shares them."""
+    names = FOLLOWER.on_host("docker", "ps", "--format", "{{.Names}}").split()
+    return {found[1] for name in names if (found := re.fullmatch(r"agent-stack-vllm-(\d+)-server-1", name))}
+
+
+def test_two_hosts_share_a_model() -> None:
+    """The scripted head, like vLLM, answers its health check only once the other host has come."""
+    (port,) = meeting_ports()
+    assert followers() == {port}
+    address = ONE.on_host("hostname", "--ip-address")
+    assert f"scripted follower 1 of {address}:{port}" in FOLLOWER.on_host("docker", "logs", f"agent-stack-vllm-{port}-server-1")
+    assert ONE.serving() == "first"
+    # What the model's server can be told to do is told through its socket, and nobody else has that.
+    assert ONE.on_host("stat", "--format", "%a %u %g", "/opt/agent-stack/vllm/sockets/blue") == "750 10001 99"
+
+
 def test_prometheus_can_read_each_host() -> None:
     for name in ("agent-stack-gpu1", "agent-stack-gpu2"):
         text = FRONT.on_host("curl", "--silent", "--fail", f"http://{monitor(FRONT)}:8001/hosts/{name}/metrics")
@@ -57,7 +82,9 @@ def test_nothing_but_the_door_for_the_front_listens() -> None:
         listening = host.on_host("ss", "--listening", "--tcp", "--numeric", "--no-header").split("\n")
         addresses = {line.split()[3] for line in listening}
         outside = {address for address in addresses if not address.startswith(("127.", "[::1]"))}
-        assert outside == {f"{host.on_host('hostname', '--ip-address')}:8443"}, addresses
+        own = host.on_host("hostname", "--ip-address")
+        # A head waits there for those that share its model.
+        assert outside == {f"{own}:8443"} | ({f"{own}:{port}" for port in meeting_ports()} if host is ONE else set()), addresses
 
 
 def test_the_door_is_closed_without_the_fronts_key() -> None:
@@ -75,7 +102,7 @@ def test_the_door_is_closed_without_the_fronts_key() -> None:
 def test_a_second_run_changes_nothing() -> None:
     done = FRONT.play("--tags", "docker,vllm", playbook="molecule/default/converge.yml")
     assert done.returncode == 0, done.output
-    assert re.findall(r"changed=(\d+)", done.output.split("PLAY RECAP")[-1]) == ["0", "0", "0"], done.output
+    assert re.findall(r"changed=(\d+)", done.output.split("PLAY RECAP")[-1]) == ["0", "0", "0", "0"], done.output
 
 
 def test_swap_one_host_after_the_other_under_load() -> None:
@@ -85,6 +112,9 @@ def test_swap_one_host_after_the_other_under_load() -> None:
     assert traffic.problems == []
     assert traffic.models == {"first", "second"}
     assert served(ONE) == served(TWO) == "second"
+    # The one that waits for a rollback can come back.
+    assert followers() == meeting_ports()
+    assert len(followers()) == 2
 
 
 @LONG
@@ -98,6 +128,7 @@ def test_swap_on_one_gpu_each_makes_nobody_wait() -> None:
     slow = [record for record in traffic.records if record["seconds"] > 3]
     assert len(slow) < 4 * RATE, f"{len(slow)} of {len(traffic.records)} requests waited"
     assert served(ONE) == served(TWO) == "third-slow-4"
+    assert followers() == meeting_ports()
 
 
 @LONG
@@ -117,6 +148,25 @@ def test_a_bad_model_stops_at_the_first_host() -> None:
     assert "agent-stack-gpu2" not in done.output.split("PLAY RECAP")[0]
     assert traffic.problems == []
     assert traffic.models == {"second"}
+    assert followers() == meeting_ports()
+
+
+@LONG
+def test_a_follower_that_dies_is_there_again_within_a_minute() -> None:
+    """The head's engine then takes no step any more, which is what the watchdog restarts it for."""
+    (port,) = re.findall(r'"--master-port",\s*"(\d+)"', ONE.on_host("cat", f"/opt/agent-stack/vllm-{ONE.state()['active']}/compose.yml"))
+    ONE.on_host("systemctl", "start", "agent-stack-vllm-watchdog.service")
+    name = f"agent-stack-vllm-{port}-server-1"
+    FOLLOWER.on_host("kill", "-9", FOLLOWER.on_host("docker", "inspect", "--format", "{{.State.Pid}}", name))
+    # Nobody has to tell: a request that finds no answer is what the watchdog sees.
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            assert ONE.serving() == "second"
+            break
+        except AssertionError:
+            assert time.monotonic() < deadline
+    assert FOLLOWER.on_host("docker", "inspect", "--format", "{{.RestartCount}}", name) != "0"
 
 
 def test_a_host_is_lost_and_comes_back() -> None:
@@ -145,8 +195,11 @@ def front_says(peer: SwapHost) -> str:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["-e", "vllm_peer_address=gpu.example.com"], 'vllm_peer_address of agent-stack-gpu1 is "gpu.example.com"; allowed is the IP address at which'),
+        (["--limit", "inference", "-e", "vllm_peer_address=gpu.example.com"], 'vllm_peer_address of agent-stack-gpu1 is "gpu.example.com"; allowed is the IP address at which'),
         (["-e", "vllm_peer_port=70000"], "vllm_peer_port is 70000; allowed is 1 to 65535"),
+        (["-e", "vllm_peer_address=203.0.113.7"], 'vllm_peer_address of agent-stack-gpu3 is "203.0.113.7"; where hosts share a model'),
+        (["-e", "vllm_head=agent-stack-front"], 'vllm_head of agent-stack-gpu3, which is in the group followers, is "agent-stack-front"; allowed is a host of'),
+        (["-e", "vllm_node_port=80"], "vllm_node_port is 80; allowed is 1024 to 64536"),
         (["-i", "another,"], "has the hosts agent-stack-front, another outside of its group inference; allowed is one"),
     ],
 )

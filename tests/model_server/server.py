@@ -13,6 +13,9 @@ The last part of the model's path tells how the server itself behaves: `...-slow
 `...-dull` answers everything with garbage, `...-blunt` calls no tools. With VLLM_SERVER_DEV_MODE=1 it sleeps and wakes up as vLLM does, and
 takes `...-nap-SECONDS` to fall asleep; asked while it sleeps it fails. `system_fingerprint` in an answer is the name of the model.
 
+With `--nnodes` it is one of several that share a model, as vLLM is: the head starts once all have come to its port, and answers nothing any more when one
+of them is gone; the others, which are `--headless`, do not notice when the head is.
+
 GET /_control tells the last requests and the faults set. POST /_control {"fault": KIND, "times": N} makes the next N
 generations fail whatever they ask (null ends it), {"health": STATUS} changes what /health says, {"clear": true}
 forgets everything.
@@ -21,12 +24,14 @@ forgets everything.
 import argparse
 import bisect
 import collections
+import contextlib
 import itertools
 import json
 import os
 import re
 import signal
 import socket
+import socketserver
 import struct
 import sys
 import threading
@@ -123,6 +128,7 @@ class ModelServer(ThreadingHTTPServer):
         super().__init__(address, Handler)
         self.names = names
         self.model = model
+        self.nodes = None
         self.dev_mode = dev_mode
         self.asleep = False
         # An engine takes one order after the other, and answers no question about itself meanwhile.
@@ -162,6 +168,50 @@ class ModelServer(ThreadingHTTPServer):
     def handle_error(self, request, client_address):
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
+
+
+class UnixModelServer(ModelServer):
+    address_family = socket.AF_UNIX
+
+    def server_bind(self):
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address, 0
+
+    def finish_request(self, request, client_address):
+        UnixHandler(request, client_address, self)
+
+
+class Nodes:
+    """The other hosts of a model, as the head sees them."""
+
+    def __init__(self, address, port, number):
+        self.lost = False
+        self.missing = threading.Semaphore(0)
+        self.listening = socket.create_server((address, port))
+        threading.Thread(target=self.accept, daemon=True).start()
+        for _ in range(number):
+            self.missing.acquire()
+
+    def accept(self):
+        while True:
+            threading.Thread(target=self.watch, args=(self.listening.accept()[0],), daemon=True).start()
+
+    def watch(self, connection):
+        """Whoever says nothing only wants to see how long the head is there."""
+        if connection.recv(16):
+            self.missing.release()
+            with contextlib.suppress(OSError):
+                connection.recv(16)
+            self.lost = True
+
+
+def follow(address, port, rank):
+    """Be one of the others: work for the head, whatever becomes of it."""
+    head = socket.create_connection((address, port), 60)
+    head.sendall(f"rank {rank}".encode())
+    print(f"scripted follower {rank} of {address}:{port}", flush=True)
+    while True:
+        time.sleep(HANG_SECONDS)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -241,6 +291,8 @@ class Handler(BaseHTTPRequestHandler):
         wishes = dict(script)
         if "delay" in wishes:
             time.sleep(float(wishes["delay"]))
+        if self.server.nodes and self.server.nodes.lost:
+            return self.fail("hang")
         fault = self.server.next_fault() or wishes.get("fault") or ("garbage" if self.server.model.endswith("-dull") else None)
         if fault and fault not in ("truncate", "surrogate"):
             return self.fail(fault)
@@ -374,6 +426,11 @@ class Handler(BaseHTTPRequestHandler):
             self.cut()
 
 
+class UnixHandler(Handler):
+    # There is no such algorithm on a Unix socket.
+    disable_nagle_algorithm = False
+
+
 def text_of(message):
     content = message.get("content") or ""
     if isinstance(content, str):
@@ -407,6 +464,12 @@ def parse_arguments(argv):
     parser.add_argument("--served-model-name", nargs="+")
     parser.add_argument("--api-key", nargs="+", default=os.environ.get("VLLM_API_KEY", "").split())
     parser.add_argument("--max-model-len", default="8192")
+    parser.add_argument("--uds")
+    parser.add_argument("--headless", action="store_true")
+    parser.add_argument("--nnodes", type=int, default=1)
+    parser.add_argument("--node-rank", type=int, default=0)
+    parser.add_argument("--master-addr", default="127.0.0.1")
+    parser.add_argument("--master-port", type=int, default=29501)
     return parser.parse_known_args(argv[1:] if argv[:1] == ["serve"] else argv)[0]
 
 
@@ -418,9 +481,14 @@ def main():
     time.sleep(seconds_in(model, "slow"))
     if model.endswith("-dying"):
         sys.exit("RuntimeError: CUDA out of memory, says the script")
-    server = ModelServer((arguments.host, arguments.port), names, arguments.api_key, length, model, os.environ.get("VLLM_SERVER_DEV_MODE") == "1")
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    print(f"scripted model server: {names[0]} on {arguments.host}:{server.server_port}", flush=True)
+    if arguments.headless:
+        follow(arguments.master_addr, arguments.master_port, arguments.node_rank)
+    nodes = Nodes(arguments.master_addr, arguments.master_port, arguments.nnodes - 1) if arguments.nnodes > 1 else None
+    kind, address = (UnixModelServer, arguments.uds) if arguments.uds else (ModelServer, (arguments.host, arguments.port))
+    server = kind(address, names, arguments.api_key, length, model, os.environ.get("VLLM_SERVER_DEV_MODE") == "1")
+    server.nodes = nodes
+    print(f"scripted model server: {names[0]} on {arguments.uds or f'{arguments.host}:{server.server_port}'}", flush=True)
     server.serve_forever()
 
 

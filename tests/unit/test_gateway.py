@@ -39,7 +39,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-ALONE = {"__vllm_serves": True, "__vllm_is_peer": False, "__vllm_peers": []}
+ALONE = {"__vllm_serves": True, "__vllm_is_peer": False, "__vllm_peers": [], "__vllm_shared": False}
 
 
 def render(name: str, **values: Any) -> str:
@@ -69,7 +69,7 @@ class Stack:
         servers = re.sub(
             r"(blue|green)\.model\.internal:8000 resolvers docker resolve-prefer ipv4 init-addr \S+", lambda match: f"127.0.0.1:{self.ports[match[1]]}", servers
         )
-        self.paths.servers.write_text(servers)
+        self.paths.servers.write_text(servers.replace("/run/vllm", str(self.paths.sockets("").resolve())))
         self.command = ["haproxy", "-db", "-f", str(directory / "haproxy.cfg"), "-f", str(self.paths.servers)]
         self.process: subprocess.Popen[bytes] | None = None
         self.models: dict[str, Any] = {}
@@ -127,6 +127,31 @@ def stack() -> Iterator[Stack]:
     with directory_for_haproxy() as directory, contextlib.closing(Stack(directory)) as stack:
         stack.start()
         yield stack
+
+
+def test_a_model_that_several_hosts_share_is_reached_through_its_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    with directory_for_haproxy() as directory, contextlib.closing(Stack(directory, __vllm_shared=True)) as stack:
+        stack.start()
+        host = _vllm_host.DockerHost(stack.paths, "agent-model", {"timeout": 10, "tool_call": True, "golden_prompts": []})
+        monkeypatch.setattr(host, "inspect", lambda slot: {"HostConfig": {"NetworkMode": "host"}})
+        assert not host.ready("blue")
+        assert host.judge("blue", briefly=True)
+        with ThreadPoolExecutor(5) as pool:
+            stack.gateway.route("blue")
+            answers = [pool.submit(stack.ask) for _ in range(5)]
+            time.sleep(1.2)
+            path = stack.paths.sockets("blue") / "api.sock"
+            path.parent.mkdir(parents=True)
+            stack.models["blue"] = model_server.UnixModelServer(str(path), ["agent-model"], model="blue")
+            threading.Thread(target=stack.models["blue"].serve_forever, daemon=True).start()
+            assert [answer.result() for answer in answers] == ["blue"] * 5
+        assert host.ready("blue")
+        assert host.judge("blue", briefly=False) == []
+        assert host.busy("blue") == 0
+        # There is no address to wait for.
+        assert not host.route("blue")
+        assert stack.gateway.keep("green")
+        assert stack.gateway.kept() == "green"
 
 
 def test_without_a_model_requests_wait_and_are_answered_by_the_first(stack: Stack) -> None:

@@ -12,11 +12,22 @@ SITE = Path(__file__).resolve().parents[2] / "playbooks" / "site.yml"
 def test_every_play_ends_by_asking_the_model_server_for_its_gpu() -> None:
     """Whatever `--tags` say, because any role may have systemd read its units again."""
     plays = yaml.safe_load(SITE.read_text())
-    assert len(plays) == 2
-    for play in plays:
+    serving = [play for play in plays if "selfhosted.agent_stack.vllm" in [role["role"] for role in play.get("roles", [])]]
+    assert len(serving) == 2
+    for play in serving:
         (last,) = play["post_tasks"]
         role = last["ansible.builtin.include_role"]
         assert (role["name"], role["tasks_from"]) == ("selfhosted.agent_stack.nvidia_toolkit", "guard")
         # A role that is included passes its tags on only where it is told to.
         assert last["tags"] == role["apply"]["tags"] == ["always"]
         assert "vllm_device == 'cuda'" in last["when"]
+
+
+def test_followers_come_first_and_are_removed_last() -> None:
+    """A model that hosts share starts only once all of them wait for it; what a swap may still go back to is known when it has ended."""
+    first, *_, last = yaml.safe_load(SITE.read_text())
+    for play, tasks in ((first, "follow"), (last, "unfollow")):
+        (task,) = play["tasks"]
+        assert task["ansible.builtin.import_role"] == {"name": "selfhosted.agent_stack.vllm", "tasks_from": tasks}
+        assert task["tags"] == ["vllm"]
+        assert "groups['followers']" in play["hosts"]

@@ -252,6 +252,31 @@ def test_what_fits(name: str, gpus: list[Gpu], wish: dict[str, Any], tensor_para
     assert plan.memory.contexts >= 1
 
 
+@pytest.mark.parametrize(("name", "pipeline", "layers"), [("llama-3.1-8b", 2, 16), ("llama-3.1-70b-awq", 3, 27), ("gemma-3-1b", 2, 13), ("deepseek-v3", 4, 16)])
+def test_hosts_share_a_models_layers(name: str, pipeline: int, layers: int) -> None:
+    whole = shape(name)
+    stage, disk = plan_of.stage_of(whole, 1000 * GIB, pipeline)
+    assert stage.layers == layers
+    assert sum(kind.count for kind in stage.attention) in range(layers, layers + len(stage.attention))
+    # One host has the embedding or the logits' matrix, and the largest share of the layers.
+    part = (whole.weight_bytes() - whole.embedding_parameters * 2) * layers / whole.layers + whole.vocabulary * whole.hidden * 2
+    assert stage.weight_bytes() == pytest.approx(part, rel=0.001)
+    assert disk == pytest.approx(1000 * GIB * stage.weight_bytes() / whole.weight_bytes(), rel=0.001)
+    assert plan_of.stage_of(whole, None, pipeline)[1] is None
+    assert plan_of.stage_of(whole, 7, 1) == (whole, 7)
+
+
+def test_two_hosts_carry_what_one_cannot() -> None:
+    assert not make("llama-3.1-70b", H100, H100, context=8192).fits
+    both = make("llama-3.1-70b", H100, H100, context=8192, pipeline=2)
+    assert (both.fits, both.tensor_parallel) == (True, 2)
+    assert both.memory.weights == pytest.approx(make("llama-3.1-70b", H100, H100, H100, H100, context=8192).memory.weights, rel=0.03)
+    alone = make("llama-3.1-8b", H100, context=8192)
+    shared = make("llama-3.1-8b", H100, context=8192, pipeline=2)
+    assert shared.memory.kv_bytes_per_token * 2 == alone.memory.kv_bytes_per_token
+    assert shared.memory.kv_tokens > 2 * alone.memory.kv_tokens
+
+
 def test_without_a_wish_the_longest_context_is_taken() -> None:
     assert make("qwen2.5-7b", H100).context == 32768
     small = make("qwen2.5-14b", Gpu("NVIDIA L40S", 46068, 46068, 8.9), utilization=0.75)
@@ -322,6 +347,8 @@ def test_advice_is_true() -> None:
         ({"context": 131_073}, "a context of 131,073 tokens was asked for, and the model has at most 131,072."),
         ({"context": -1}, "neither can be negative"),
         ({"tensor_parallel": 2}, "2 GPUs were asked for, and there are 1."),
+        ({"pipeline": 0}, "0 hosts were to share the model's 32 layers; allowed is 1 to 32."),
+        ({"pipeline": 33}, "33 hosts were to share the model's 32 layers; allowed is 1 to 32."),
     ],
 )
 def test_wishes_that_nothing_fulfils(wish: dict[str, Any], said: str) -> None:

@@ -39,6 +39,7 @@ def plan(model: str, **params: Any) -> dict[str, Any]:
         "gpu_memory_utilization": 0.9,
         "max_model_len": 0,
         "tensor_parallel_size": 0,
+        "pipeline_parallel_size": 1,
         "kv_cache_dtype": "auto",
         "tool_call_parser": "auto",
         "reasoning_parser": "auto",
