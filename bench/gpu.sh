@@ -2,18 +2,19 @@
 # What the README says of a real GPU: the collection's flags against the guide's at 1, 16 and 64 clients, the seconds of sleep, wake-up, swap and rollback, and
 # predicted against actual KV tokens (bench/gpu_plan.sh, which `plan` calls).
 #
-#   bench/gpu.sh OUT SMALL LARGE [guide|throughput|latency|swap|plan ...]
+#   bench/gpu.sh OUT SMALL LARGE [guide|throughput|latency|marlin|profile|swap|plan ...]
 #
 # Run it on a host with an NVIDIA GPU of 80 GB, where PYTHON (python3) imports vllm. SMALL and LARGE are directories with config.json and a tokenizer, such as
 # those of Llama 3.1 8B and of Llama 3.1 70B in AWQ; weights are random, so none are needed: speed and memory are real, text is not. Logs go to OUT.
-# The first three take about five minutes each, `swap` about six, `plan` about twelve.
+# The first four take about five minutes each, `profile` about seven, `swap` about six, `plan` about twelve. `latency` needs the distribution humming-kernels,
+# which vLLM asks for itself.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
-out=${1:?usage: gpu.sh OUT SMALL LARGE [guide|throughput|latency|swap|plan ...]}
-small=${2:?usage: gpu.sh OUT SMALL LARGE [guide|throughput|latency|swap|plan ...]}
-large=${3:?usage: gpu.sh OUT SMALL LARGE [guide|throughput|latency|swap|plan ...]}
+out=${1:?usage: gpu.sh OUT SMALL LARGE [guide|throughput|latency|marlin|profile|swap|plan ...]}
+small=${2:?usage: gpu.sh OUT SMALL LARGE [guide|throughput|latency|marlin|profile|swap|plan ...]}
+large=${3:?usage: gpu.sh OUT SMALL LARGE [guide|throughput|latency|marlin|profile|swap|plan ...]}
 shift 3
-[ $# -gt 0 ] || set -- guide throughput latency swap plan
+[ $# -gt 0 ] || set -- guide throughput latency marlin profile swap plan
 python=${PYTHON:-python3}
 seconds=${SECONDS_EACH:-20}
 mkdir -p "$out"
@@ -50,12 +51,21 @@ for part in "$@"; do
     guide) serve guide -- --quantization awq --max-model-len 8192 --gpu-memory-utilization 0.90 --enforce-eager --dtype half ;;
     # The role's arguments for CUDA.
     throughput) serve throughput -- --max-model-len 8192 --gpu-memory-utilization 0.9 ;;
-    # The same with the environment that vllm_plan returns for this model on this GPU (vllm_optimize_for: latency).
-    latency) serve latency VLLM_DISABLED_KERNELS=MacheteLinearKernel -- --max-model-len 8192 --gpu-memory-utilization 0.9 ;;
+    # The same with what vllm_plan returns for this model on this GPU (vllm_optimize_for: latency).
+    latency) serve latency HUMMING_CACHE_DIR="$out/humming" -- --max-model-len 8192 --gpu-memory-utilization 0.9 --linear-backend humming ;;
+    # Another kernel that vLLM has for it.
+    marlin) serve marlin -- --max-model-len 8192 --gpu-memory-utilization 0.9 --linear-backend marlin ;;
+    # Where one client's time goes, with either.
+    profile)
+      for backend in humming marlin; do
+        "$python" "$here/gpu_profile.py" "$large" "linear_backend=$backend" 'compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8]}' \
+          2> "$out/profile-$backend.log"
+      done
+      ;;
     swap)
       PYTHONPATH="$collections${PYTHONPATH:+:$PYTHONPATH}" "$python" "$here/gpu_swap.py" "$out/swap" "$small" "$python"
       ;;
     plan) "$here/gpu_plan.sh" "$small" "$out/plan" ;;
-    *) echo "gpu.sh: $part is none of guide, throughput, latency, swap, plan" >&2; exit 2 ;;
+    *) echo "gpu.sh: $part is none of guide, throughput, latency, marlin, profile, swap, plan" >&2; exit 2 ;;
   esac
 done

@@ -22,11 +22,11 @@ os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"
 
 PROMPT, TOKENS = 512, 128
 KINDS = (
-    ("weights (quantised matrices)", r"marlin|machete|humming|awq|w4a16|mainloop.*mixed|GemmUniversal"),
-    ("weights (other matrices)", r"gemm|gemv|cublas|nvjet|splitK"),
-    ("attention", r"flash|attn|attention|reshape_and_cache|rotary"),
-    ("norms, activations", r"triton|rms|silu|norm"),
-    ("sampling", r"argmax|softmax|sample|topk|sort|cumsum|scatter|gather|index"),
+    # First, because these carry the names of the products that they are fused with.
+    ("norms, activations, rotary embedding", r"triton_(red|poi|per)|rms|silu"),
+    ("quantised matrices", r"marlin|machete|humming|awq|w4a16|GemmUniversal"),
+    ("attention and KV cache", r"flash|attn|attention|reshape_and_cache"),
+    ("logits and sampling", r"gemm|gemv|cublas|nvjet|splitK|argmax|softmax|sample|topk|sort|cumsum|scatter|gather|index"),
 )
 # Bytes/s that the vendor gives for the memory of each GPU.
 BANDWIDTH = {"H100 80GB HBM3": 3.35e12, "H200": 4.8e12, "A100-SXM4-80GB": 2.04e12, "L40S": 0.864e12}

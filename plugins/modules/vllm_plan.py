@@ -163,11 +163,11 @@ model_arguments:
   type: list
   elements: str
   sample: [--enable-auto-tool-choice, --tool-call-parser, hermes]
-environment:
-  description: Environment variables that were measured to make such a model faster on such a GPU.
+faster:
+  description: C(arguments) of C(vllm serve), a list, and C(environment) variables that were measured to make such a model faster on such a GPU.
   returned: success
   type: dict
-  sample: {}
+  sample: {arguments: [--linear-backend, humming], environment: {HUMMING_CACHE_DIR: /cache/humming}}
 max_model_len:
   description: The context, in tokens.
   returned: success
@@ -386,10 +386,11 @@ def make_result(params: dict[str, Any]) -> dict[str, Any]:
     memory = plan.memory
     for_model = model_arguments(plan, parsers, family, shape, params)
     blocked = swap.reason if plan.fits and swap.strategy == "none" else ""
-    environment = {}
+    faster: dict[str, Any] = {"arguments": [], "environment": {}}
     for entry in catalogue.get("faster", []):
         if entry["quantization"] == shape.quantization and float(entry["compute_capability"]) == plan.gpu.capability:
-            environment.update(entry["environment"])
+            faster["arguments"] += entry["arguments"]
+            faster["environment"].update(entry["environment"])
     together = plan.tensor_parallel * params["pipeline_parallel_size"]
     gpus = "1 GPU" if together == 1 else f"each of {together} GPUs"
     return {
@@ -401,7 +402,7 @@ def make_result(params: dict[str, Any]) -> dict[str, Any]:
         f" for {memory.kv_tokens:,} tokens, {memory.contexts:.1f} contexts of {plan.context:,}",
         "arguments": size_arguments(plan, swap, params) + for_model if plan.fits else [],
         "model_arguments": for_model,
-        "environment": environment,
+        "faster": faster,
         "max_model_len": plan.context,
         "longest_context": memory.longest_context,
         "concurrent_contexts": round(memory.contexts, 2),

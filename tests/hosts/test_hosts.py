@@ -68,7 +68,7 @@ def test_two_hosts_share_a_model() -> None:
     assert f"scripted follower 1 of {address}:{port}" in FOLLOWER.on_host("docker", "logs", f"agent-stack-vllm-{port}-server-1")
     assert ONE.serving() == "first"
     # What the model's server can be told to do is told through its socket, and nobody else has that.
-    assert ONE.on_host("stat", "--format", "%a %u %g", "/opt/agent-stack/vllm/sockets/blue") == "750 10001 99"
+    assert ONE.on_host("stat", "--format", "%a %u %g", "/opt/agent-stack/vllm/sockets/blue") == "750 10001 10001"
 
 
 def test_prometheus_can_read_each_host() -> None:

@@ -112,10 +112,13 @@ def test_cuda_reserves_the_gpus(tmp_path: Path, on_host: Callable[..., str]) -> 
 
 def test_a_plan_makes_one_client_faster_where_that_is_wanted(tmp_path: Path, on_host: Callable[..., str]) -> None:
     values = {"vllm_device": "cuda", "vllm_model": "Qwen/Qwen2.5-7B-Instruct", "agent_stack_image_source": "registry"}
-    plan = {"environment": {"VLLM_DISABLED_KERNELS": "MacheteLinearKernel"}}
+    plan = {"model_arguments": [], "faster": {"arguments": ["--linear-backend", "humming"], "environment": {"HUMMING_CACHE_DIR": "/cache/humming"}}}
     asked = server_of(render_vllm(tmp_path, "server.yml.j2", **values, __vllm_plan=plan, vllm_optimize_for="latency"), on_host)
-    assert asked["environment"]["VLLM_DISABLED_KERNELS"] == "MacheteLinearKernel"
-    assert "VLLM_DISABLED_KERNELS" not in server_of(render_vllm(tmp_path, "server.yml.j2", **values, __vllm_plan=plan), on_host)["environment"]
+    assert asked["environment"]["HUMMING_CACHE_DIR"] == "/cache/humming"
+    assert asked["command"][-6:-4] == ["--linear-backend", "humming"]
+    as_it_comes = server_of(render_vllm(tmp_path, "server.yml.j2", **values, __vllm_plan=plan), on_host)
+    assert "HUMMING_CACHE_DIR" not in as_it_comes["environment"]
+    assert "--linear-backend" not in as_it_comes["command"]
 
 
 def test_cpu_reserves_none(tmp_path: Path, on_host: Callable[..., str]) -> None:

@@ -68,8 +68,8 @@ def test_a_plan_says_how_to_serve(tmp_path: Path) -> None:
 
 def test_a_70b_on_hopper_gets_the_faster_kernel_and_on_ada_does_not(tmp_path: Path) -> None:
     path = model(tmp_path / "Meta-Llama-3.1-70B-Instruct-AWQ-INT4", "llama-3.1-70b-awq")
-    assert plan(path)["environment"] == {"VLLM_DISABLED_KERNELS": "MacheteLinearKernel"}
-    assert plan(path, gpus=[{"total_mib": 49140, "compute_capability": "8.9"}])["environment"] == {}
+    assert plan(path)["faster"] == {"arguments": ["--linear-backend", "humming"], "environment": {"HUMMING_CACHE_DIR": "/cache/humming"}}
+    assert plan(path, gpus=[{"total_mib": 49140, "compute_capability": "8.9"}])["faster"] == {"arguments": [], "environment": {}}
 
 
 def test_turing_is_told_to_use_half(tmp_path: Path) -> None:
