@@ -77,7 +77,7 @@ molecule: engine
 	bash tests/molecule.sh default
 
 ## make molecule-swap swaps of scripted models on a host of their own: good, bad, slow and dying ones, under load, killed on the way
-## make molecule-hosts a front and two hosts that serve the model: shared requests, swaps one host after the other, a host that is lost
+## make molecule-hosts a front, two hosts that serve the model and one that shares it: swaps one host after the other, a host that is lost
 ## make molecule-nvidia the NVIDIA Container Toolkit's role with a driver, a repository and GPUs that the scenario makes
 molecule-swap molecule-hosts molecule-nvidia: molecule-%: engine
 	bash tests/molecule.sh $*

@@ -235,7 +235,7 @@ class DockerHost:
 
     def url(self, slot: str) -> str:
         if self.on_host_network(slot):
-            return unix_url(str(self.paths.sockets(slot) / "api.sock"))
+            return str(unix_url(str(self.paths.sockets(slot) / "api.sock")))
         address = self.address(slot)
         if not address:
             raise URLError(f"{container(slot)} has no address")

@@ -18,7 +18,6 @@ from ansible_collections.selfhosted.agent_stack.plugins.module_utils import _vll
 from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_api import ApiError
 
 
-
 class UnixConnection(HTTPConnection):
     """HTTP over the Unix socket at the path `host`."""
 

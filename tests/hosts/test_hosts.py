@@ -195,7 +195,10 @@ def front_says(peer: SwapHost) -> str:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--limit", "inference", "-e", "vllm_peer_address=gpu.example.com"], 'vllm_peer_address of agent-stack-gpu1 is "gpu.example.com"; allowed is the IP address at which'),
+        (
+            ["--limit", "inference", "-e", "vllm_peer_address=gpu.example.com"],
+            'vllm_peer_address of agent-stack-gpu1 is "gpu.example.com"; allowed is the IP address at which',
+        ),
         (["-e", "vllm_peer_port=70000"], "vllm_peer_port is 70000; allowed is 1 to 65535"),
         (["-e", "vllm_peer_address=203.0.113.7"], 'vllm_peer_address of agent-stack-gpu3 is "203.0.113.7"; where hosts share a model'),
         (["-e", "vllm_head=agent-stack-front"], 'vllm_head of agent-stack-gpu3, which is in the group followers, is "agent-stack-front"; allowed is a host of'),

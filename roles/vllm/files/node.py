@@ -114,7 +114,7 @@ def main() -> None:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(SOCKET)
     os.umask(0)
-    return os.execvp(rest[0], rest)
+    return os.execvp(rest[0], rest)  # noqa: S606  it becomes vLLM
 
 
 if __name__ == "__main__":
