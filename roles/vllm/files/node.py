@@ -109,12 +109,13 @@ def main() -> None:
     os.environ.update(VLLM_HOST_IP=address, GLOO_SOCKET_IFNAME=name, NCCL_SOCKET_IFNAME=f"={name}")
     if role == "follow":
         head, port, *command = rest
-        return follow(head, int(port), command)
+        follow(head, int(port), command)
+        return
     # The socket of a killed process would be in the way. Whoever may enter its directory may use it.
     with contextlib.suppress(FileNotFoundError):
         os.unlink(SOCKET)
     os.umask(0)
-    return os.execvp(rest[0], rest)  # noqa: S606  it becomes vLLM
+    os.execvp(rest[0], rest)  # noqa: S606  it becomes vLLM
 
 
 if __name__ == "__main__":
