@@ -148,7 +148,8 @@ def test_a_bad_model_stops_at_the_first_host() -> None:
     assert "agent-stack-gpu2" not in done.output.split("PLAY RECAP")[0]
     assert traffic.problems == []
     assert traffic.models == {"second"}
-    assert followers() == meeting_ports()
+    # Those of models that the head has no more are removed by the next play that succeeds.
+    assert followers() > meeting_ports()
 
 
 @LONG
