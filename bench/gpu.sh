@@ -2,17 +2,17 @@
 # What the README says of a real GPU: the collection's flags against the guide's at 1, 16 and 64 clients, the seconds of sleep, wake-up, swap and rollback, and
 # predicted against actual KV tokens (bench/gpu_plan.sh, which `plan` calls).
 #
-#   bench/gpu.sh OUT SMALL LARGE [guide|throughput|latency|marlin|profile|swap|plan ...]
+#   bench/gpu.sh OUT SMALL LARGE [guide|throughput|latency|marlin|profile|swap|plan|nodes ...]
 #
 # Run it on a host with an NVIDIA GPU of 80 GB, where PYTHON (python3) imports vllm. SMALL and LARGE are directories with config.json and a tokenizer, such as
 # those of Llama 3.1 8B and of Llama 3.1 70B in AWQ; weights are random, so none are needed: speed and memory are real, text is not. Logs go to OUT.
 # The first four take about five minutes each, `profile` about seven, `swap` about six, `plan` about twelve. `latency` needs the distribution humming-kernels,
-# which vLLM asks for itself.
+# which vLLM asks for itself. `nodes` is about five minutes, needs two GPUs, and is run only if it is named.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
-out=${1:?usage: gpu.sh OUT SMALL LARGE [guide|throughput|latency|marlin|profile|swap|plan ...]}
-small=${2:?usage: gpu.sh OUT SMALL LARGE [guide|throughput|latency|marlin|profile|swap|plan ...]}
-large=${3:?usage: gpu.sh OUT SMALL LARGE [guide|throughput|latency|marlin|profile|swap|plan ...]}
+out=${1:?usage: gpu.sh OUT SMALL LARGE [guide|throughput|latency|marlin|profile|swap|plan|nodes ...]}
+small=${2:?usage: gpu.sh OUT SMALL LARGE [guide|throughput|latency|marlin|profile|swap|plan|nodes ...]}
+large=${3:?usage: gpu.sh OUT SMALL LARGE [guide|throughput|latency|marlin|profile|swap|plan|nodes ...]}
 shift 3
 [ $# -gt 0 ] || set -- guide throughput latency marlin profile swap plan
 python=${PYTHON:-python3}
@@ -66,6 +66,11 @@ for part in "$@"; do
       PYTHONPATH="$collections${PYTHONPATH:+:$PYTHONPATH}" "$python" "$here/gpu_swap.py" "$out/swap" "$small" "$python"
       ;;
     plan) "$here/gpu_plan.sh" "$small" "$out/plan" ;;
-    *) echo "gpu.sh: $part is none of guide, throughput, latency, marlin, profile, swap, plan" >&2; exit 2 ;;
+    # On two GPUs.
+    nodes)
+      "$here/nodes.sh" "$out/nodes" "$small"
+      "$here/gpu_plan.sh" "$small" "$out/plan-of-two" llama-3.1-8b,tensor_parallel_size=2 llama-3.1-8b,pipeline_parallel_size=2
+      ;;
+    *) echo "gpu.sh: $part is none of guide, throughput, latency, marlin, profile, swap, plan, nodes" >&2; exit 2 ;;
   esac
 done
