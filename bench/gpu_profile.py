@@ -74,8 +74,8 @@ def main() -> None:
         each = (milliseconds - before[0]) / 64
         by_kind[kind(name)] += each
         by_kernel.append((each, (count - before[1]) / 64, name))
-    for each, count, name in sorted(by_kernel, reverse=True)[:12]:
-        print(f"{each:8.3f} ms {count:6.1f} times  {name[:150]}")
+    for each, times, name in sorted(by_kernel, reverse=True)[:12]:
+        print(f"{each:8.3f} ms {times:6.1f} times  {name[:150]}")
     query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     gpu = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
     limit = next((bandwidth for name, bandwidth in BANDWIDTH.items() if name in gpu), None)

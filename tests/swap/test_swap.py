@@ -35,7 +35,7 @@ def check_serves(model: str) -> None:
         policy = HOST.on_host("docker", "inspect", "--format", "{{.HostConfig.RestartPolicy.Name}}", f"agent-stack-vllm-{slot}-server-1", check=False)
         assert policy in (("unless-stopped",) if slot == active else ("no", ""))
     kept = HOST.on_host("cat", "/opt/agent-stack/vllm/servers/servers.cfg")
-    assert re.findall(r"^ +server (\w+) .*(?<! disabled)$", kept, re.M) == [active, active]
+    assert re.findall(r"^ +server (\w+) .*(?<! disabled)$", kept, re.M) == ["hold", active, active]
 
 
 def settled(model: str) -> None:
