@@ -227,16 +227,13 @@ class DockerHost:
 
     def address(self, slot: str) -> str:
         """Return the slot's address on the model's network, or nothing."""
-        return str(self.inspect(slot).get("NetworkSettings", {}).get("Networks", {}).get(NETWORK, {}).get("IPAddress") or "")
-
-    def on_host_network(self, slot: str) -> bool:
-        """A model that several hosts share is on the network of each, and listens for requests on a socket that only the gateway reaches."""
-        return bool(self.inspect(slot).get("HostConfig", {}).get("NetworkMode") == "host")
+        return address_of(self.inspect(slot))
 
     def url(self, slot: str) -> str:
-        if self.on_host_network(slot):
+        found = self.inspect(slot)
+        if on_host_network(found):
             return str(unix_url(str(self.paths.sockets(slot) / "api.sock")))
-        address = self.address(slot)
+        address = address_of(found)
         if not address:
             raise URLError(f"{container(slot)} has no address")
         return f"http://{address}:{PORT}"
@@ -392,7 +389,7 @@ class DockerHost:
 
     def _wait_for_address(self, slot: str) -> None:
         """HAProxy asks for names once a second. Until it knows the new address it would send requests to the old one."""
-        if self.on_host_network(slot):
+        if on_host_network(self.inspect(slot)):
             return
         deadline = self.now() + 30
         while True:
@@ -450,6 +447,15 @@ class DockerHost:
         whole = rows.get("BACKEND", {})
         served = sum(int(row.get("scur") or 0) for name, row in rows.items() if name not in ("BACKEND", HOLD))
         return Traffic(max(0, int(whole.get("scur") or 0) - served), int(whole.get("hrsp_5xx") or 0))
+
+
+def address_of(found: dict[str, Any]) -> str:
+    return str(found.get("NetworkSettings", {}).get("Networks", {}).get(NETWORK, {}).get("IPAddress") or "")
+
+
+def on_host_network(found: dict[str, Any]) -> bool:
+    """A model that several hosts share is on the network of each, and listens for requests on a socket that only the gateway reaches."""
+    return bool(found.get("HostConfig", {}).get("NetworkMode") == "host")
 
 
 def container(slot: str) -> str:
