@@ -42,11 +42,15 @@ TEMPLATES = {"server.yml.j2": "server", "servers.cfg.j2": "servers", "compose.ym
 def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("nodes")
     (directory / "hosts.yml").write_text(yaml.safe_dump(INVENTORY))
-    tasks = [
+    tasks: list[dict[str, Any]] = [
         {"ansible.builtin.template": {"src": str(ROLE / "templates" / template), "dest": f"{directory}/{{{{ inventory_hostname }}}}-{name}", "mode": "0600"}}
         for template, name in TEMPLATES.items()
     ]
-    files = [str(ROOT / "roles" / name / kind / "main.yml") for name in ("agent_stack", "vllm") for kind in ("vars",)]
+    # What a plan may say where both models fit at once.
+    planned = {"swap": {"strategy": "side_by_side"}}
+    strategy = {"content": "{{ __vllm_strategy }}", "dest": f"{directory}/{{{{ inventory_hostname }}}}-strategy", "mode": "0600"}
+    tasks.append({"ansible.builtin.copy": strategy, "vars": {"__vllm_plan": planned}})
+    files = [str(ROOT / "roles" / name / "vars" / "main.yml") for name in ("agent_stack", "vllm")]
     # As a role's defaults are, below the inventory.
     defaults: dict[str, Any] = {}
     for name in ("agent_stack", "vllm"):
@@ -111,6 +115,11 @@ def test_a_follower_waits_for_the_head(rendered: Path, name: str, address: str) 
     assert "healthcheck" not in server
     assert project["name"] == f"agent-stack-vllm-{port}"
     assert project["services"]["fetch"]["entrypoint"][-2:] == ["--hub", "Qwen/Qwen3-32B"]
+
+
+def test_two_models_that_hosts_share_are_never_awake_at_once(rendered: Path) -> None:
+    assert (rendered / "head-strategy").read_text() == "sleep"
+    assert (rendered / "alone-strategy").read_text() == "side_by_side"
 
 
 def test_a_host_that_serves_alone_is_as_before(rendered: Path) -> None:
