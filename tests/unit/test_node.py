@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,14 +44,25 @@ def head(port: int) -> Iterator[None]:
         process.wait()
 
 
+def cut_off(process: subprocess.Popen[str]) -> None:
+    """With what it started, which has its output too."""
+    for pid in [*sessions_of(process.pid), process.pid]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 @contextlib.contextmanager
 def follower(port: int, script: str, address: str = "127.0.0.1") -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, str(PROGRAM), "follow", address, "127.0.0.1", str(port), sys.executable, "-c", script]
     environment = {**os.environ, "NODE_LOOK_SECONDS": "0.1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    # Who waits for a line that never comes then reads the end instead.
+    limit = threading.Timer(15, cut_off, [process])
+    limit.start()
     try:
         yield process
     finally:
+        limit.cancel()
         process.terminate()
         process.wait(10)
 
