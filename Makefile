@@ -1,61 +1,90 @@
-# `make demo` shows the whole stack on this machine, `make test` runs everything that CI runs. Both start from nothing.
+# `make demo` shows the whole stack on this machine, `make test` tests it. Both start from nothing. `make help` lists all targets.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help venv engine demo demo-clean test lint unit agent-test promtool-test molecule molecule-swap molecule-hosts molecule-nvidia system-test bench-agent bench-swap bench-rows bench-retention drill-agent pin-images record-vllm lock clean
+.SUFFIXES:
 
 PYTHON ?= python3
 # The agent is tested and measured with the distribution's Python, an optimised build, as the image has it, where that is new enough.
 AGENT_PYTHON ?= $(firstword $(wildcard /usr/bin/python3.13 /usr/bin/python3.12 /usr/bin/python3.11) $(PYTHON))
 DEMO_PORT ?= 8443
+# Parts of `make check`, `make test` and `make test-all` that run at the same time.
+JOBS ?= 2
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+PREFLIGHT := $(PYTHON) tools/preflight.py
+# Each part of the tests has a log in .cache/parts, and its seconds in a table at the end.
+PART := @$(BIN)/python tools/parts.py run
 
+.PHONY: help
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
 
+## make demo          deploy the whole stack to a throw-away host and talk to it; again: converge again
+.PHONY: demo
+demo:
+	@$(PREFLIGHT) disk engine port=$(DEMO_PORT)
+	@$(MAKE) --no-print-directory venv
+	$(PART) demo $(BIN)/python tools/demo.py run --port $(DEMO_PORT)
+
+## make demo-clean    remove all that `make demo` made
+.PHONY: demo-clean
+demo-clean: venv
+	$(BIN)/python tools/demo.py clean
+
+# The tiers. docs/testing.md says which test is in which.
+
+CHECK_PARTS := types unit agent-unit style
+TEST_PARTS := images molecule agent-test molecule-swap molecule-nvidia $(CHECK_PARTS) ansible-lint sanity promtool-test
+ALL_PARTS := system-test more-hosts more-swap more-nvidia versions bench-test
+
+## make check         after each edit: style, types, unit tables, tests of the service that need no server
+.PHONY: check
+check: venv agent-venv packages
+	@$(BIN)/python tools/parts.py reset
+	@$(MAKE) --no-print-directory --jobs $(JOBS) PARTS=quiet $(CHECK_PARTS) && status=0 || status=$$?; \
+	$(BIN)/python tools/parts.py table; exit $$status
+
+## make test          before a change is offered: check, the service, the stack, a swap, the GPU stand-in, a recovery
+.PHONY: test
+test:
+	@$(PREFLIGHT) disk engine
+	@$(MAKE) --no-print-directory venv
+	@$(BIN)/python tools/parts.py reset
+	@$(MAKE) --no-print-directory set-up
+	@$(MAKE) --no-print-directory --jobs $(JOBS) PARTS=quiet DRILLS=quick $(TEST_PARTS) && status=0 || status=$$?; \
+	$(BIN)/python tools/parts.py table; exit $$status
+
+## make test-all      what CI runs: make test, then every scenario, with drills in short counts
+.PHONY: test-all
+test-all:
+	@$(PREFLIGHT) disk engine port=$(DEMO_PORT)
+	@$(MAKE) --no-print-directory test KEEP_HOSTS=yes
+	@$(MAKE) --no-print-directory --jobs $(JOBS) PARTS=quiet DRILLS='not quick and not long' $(ALL_PARTS) && status=0 || status=$$?; \
+	$(BIN)/python tools/parts.py table; exit $$status
+
+## make drills        by hand, before a release: the long counts of all drills, and the benches
+.PHONY: drills
+drills: drill-agent
+	$(MAKE) molecule-swap molecule-hosts molecule-nvidia system-test
+	$(MAKE) bench-agent bench-swap bench-rows bench-retention
+
+# Set-up.
+
 ## make venv          a virtual environment with Ansible, its collections and the test tools
+.PHONY: venv
 venv: .venv/.complete
 
 .venv/.complete: requirements-dev.lock
+	@$(PREFLIGHT) python index
 	@echo "== tools: a virtual environment in .venv"
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet uv==0.13.9
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements-dev.lock
 	touch $@
 
-## make demo          deploy the whole stack to a throw-away host and talk to it; again: converge again
-demo: venv
-	$(BIN)/python tools/demo.py run --port $(DEMO_PORT)
-
-## make demo-clean    remove all that `make demo` made
-demo-clean: venv
-	$(BIN)/python tools/demo.py clean
-
-## make test          everything that CI runs; 70 minutes on two cores. Drills marked `long` are left to their own targets
-test: export DRILLS = not long
-test: lint unit agent-test promtool-test molecule molecule-swap molecule-hosts molecule-nvidia system-test
-	@echo "== all tests passed"
-
-## make lint          ansible-lint (production), yamllint, ruff, mypy
-lint: venv
-	ruff check . && ruff format --check .
-	cd files/agent && ruff check . && ruff format --check .
-	mypy tools plugins/plugin_utils plugins/module_utils plugins/modules plugins/lookup plugins/action bench/gpu_plan_compare.py tests/unit tests/system tests/testinfra tests/promtool tests/host tests/hosts tests/nvidia tests/swap bench/swap.py bench/gpu_swap.py
-	yamllint --strict .
-	antsibull-changelog lint
-	ansible-lint --strict --offline
-
-## make unit          tables over the plugins, role specifications against defaults, metric names, nginx's configuration
-unit: venv
-	sh tests/packages.sh
-	python -m pytest -q -n auto tests/unit
-
-## make agent-test    the agent service against real Postgres and Redis
-agent-test: .cache/agent-venv/.complete
-	sh tests/packages.sh
-	cd files/agent && $(CURDIR)/.cache/agent-venv/bin/python -m mypy --strict src && $(CURDIR)/.cache/agent-venv/bin/python -m pytest -q
-	cd bench && $(CURDIR)/.cache/agent-venv/bin/python -m mypy . && $(CURDIR)/.cache/agent-venv/bin/python -B -m pytest -q
+.PHONY: agent-venv
+agent-venv: .cache/agent-venv/.complete
 
 .cache/agent-venv/.complete: .venv/.complete files/agent/requirements-test.lock
 	uv venv --quiet --clear --python $(AGENT_PYTHON) .cache/agent-venv
@@ -67,65 +96,135 @@ agent-test: .cache/agent-venv/.complete
 	uv pip install --quiet --python .cache/bench-venv/bin/python --require-hashes -r bench/requirements.lock
 	touch $@
 
-## make promtool-test promtool test rules, for every alert
-promtool-test: venv
-	sh tests/packages.sh
-	python -m pytest -q tests/promtool
+# Debian packages that the tests run for real.
+.PHONY: packages
+packages:
+	@sh tests/packages.sh
 
-## make molecule      the whole stack with a scripted model server: check, converge, idempotence, verify
-molecule: engine
-	bash tests/molecule.sh default
+# A Docker engine, and what this machine's mirrors and proxies make necessary. After `packages`, because both may ask apt for its lock.
+.PHONY: engine
+engine: venv packages
+	@$(PREFLIGHT) engine disk
+	@python tests/host/host.py engine
+	@python tools/machine.py .cache/machine.json
+
+.PHONY: set-up
+set-up: venv packages engine agent-venv
+
+## make images        the container images of the stack, made once for all test hosts
+.PHONY: images
+images: engine
+	$(PART) $@ bash tests/images.sh
+
+# Parts of `make check`.
+
+## make style         ruff, yamllint, the changelog
+.PHONY: style
+style: venv
+	$(PART) $@ bash -c 'ruff check . && ruff format --check . && yamllint --strict . && antsibull-changelog lint'
+
+## make types         mypy, strict
+.PHONY: types
+types: agent-venv
+	$(PART) $@ bash -c 'mypy && cd files/agent && $(CURDIR)/.cache/agent-venv/bin/python -m mypy && cd ../../bench && $(CURDIR)/.cache/agent-venv/bin/python -m mypy .'
+
+## make unit          tables over the plugins, role specifications against defaults, metric names, nginx's configuration
+.PHONY: unit
+unit: venv packages
+	$(PART) $@ python -m pytest -q -n $(JOBS) tests/unit
+
+.PHONY: agent-unit
+agent-unit: agent-venv
+	$(PART) $@ bash -c 'cd files/agent && $(CURDIR)/.cache/agent-venv/bin/python -m pytest -q -m "not server"'
+
+# Parts of `make test`.
+
+## make agent-test    the agent service against real Postgres and Redis
+.PHONY: agent-test
+agent-test: agent-venv packages
+	$(PART) $@ bash -c 'cd files/agent && $(CURDIR)/.cache/agent-venv/bin/python -m pytest -q -n 4 --dist loadfile -m server'
+
+## make ansible-lint  ansible-lint, profile production
+.PHONY: ansible-lint
+ansible-lint: venv
+	$(PART) $@ ansible-lint --strict --offline
+
+## make promtool-test promtool test rules, for every alert
+.PHONY: promtool-test
+promtool-test: venv packages
+	$(PART) $@ python -m pytest -q tests/promtool
+
+## make molecule      the whole stack with a scripted model server: check, converge, idempotence, verify, the restart of the host
+.PHONY: molecule
+molecule: images
+	$(PART) $@ bash tests/molecule.sh default
 
 ## make molecule-swap swaps of scripted models on a host of their own: good, bad, slow and dying ones, under load, killed on the way
 ## make molecule-hosts a front, two hosts that serve the model and one that shares it: swaps one host after the other, a host that is lost
 ## make molecule-nvidia the NVIDIA Container Toolkit's role with a driver, a repository and GPUs that the scenario makes
-molecule-swap molecule-hosts molecule-nvidia: molecule-%: engine
-	bash tests/molecule.sh $*
+.PHONY: molecule-swap molecule-hosts molecule-nvidia
+molecule-swap molecule-hosts molecule-nvidia: molecule-%: images
+	$(PART) $@ bash tests/molecule.sh $*
 
-# A Docker engine, and what this machine's mirrors and proxies make necessary.
-engine: venv
-	python tests/host/host.py engine
-	python tools/machine.py .cache/machine.json
+## make system-test   make demo (a real model on the CPU), then drills on its host: second run, bad input, secrets, recovery
+.PHONY: system-test
+system-test: demo
+	$(PART) $@ python -m pytest -q -x --durations=10 -rP -m "$(DRILLS)" tests/system
+
+# More parts of `make test-all`. They go on with the hosts that `make test` left.
+.PHONY: more-swap more-nvidia
+more-swap more-nvidia: more-%:
+	$(PART) $@ bash tests/molecule.sh $* more
+
+.PHONY: more-hosts
+more-hosts:
+	$(PART) $@ bash tests/molecule.sh hosts
+
+.PHONY: bench-test
+bench-test: agent-venv packages
+	$(PART) $@ bash -c 'cd bench && $(CURDIR)/.cache/agent-venv/bin/python -B -m pytest -q'
+
+# Long counts and figures.
 
 ## make bench-swap    swaps under load in the same host: 20 side by side at 100 requests/s, then on one GPU; about ten minutes
-bench-swap: engine
+.PHONY: bench-swap
+bench-swap: images
 	molecule converge -s swap
 	python bench/swap.py
 	molecule destroy -s swap
 
-## make system-test   make demo (a real model on the CPU), then drills on its host: second run, bad input, secrets, recovery
-system-test: demo
-	python -m pytest -q -x --durations=10 -rP -m "$(DRILLS)" tests/system
-
 ## make bench-agent   the agent against its peers on this machine: latency added and turns/s; about 25 minutes
-bench-agent: .cache/agent-venv/.complete .cache/bench-venv/.complete
-	sh tests/packages.sh
+.PHONY: bench-agent
+bench-agent: .cache/agent-venv/.complete .cache/bench-venv/.complete packages
 	cd bench && $(CURDIR)/.cache/agent-venv/bin/python agent.py
 
 ## make bench-rows    the agent's latency with 1,000,000 checkpoints and 10,000 idle threads; about ten minutes
-bench-rows: .cache/agent-venv/.complete
-	sh tests/packages.sh
+.PHONY: bench-rows
+bench-rows: .cache/agent-venv/.complete packages
 	cd bench && $(CURDIR)/.cache/agent-venv/bin/python rows.py
 
 ## make drill-agent   200 workers and 50 Postgres servers are killed under load, then every turn is looked for
-drill-agent: .cache/agent-venv/.complete
-	sh tests/packages.sh
+.PHONY: drill-agent
+drill-agent: .cache/agent-venv/.complete packages
 	cd files/agent && $(CURDIR)/.cache/agent-venv/bin/python tests/drills/kill_drill.py
 
 ## make bench-retention  what live turns notice while the retention job deletes 100,000 threads; about five minutes
-bench-retention: .cache/agent-venv/.complete
-	sh tests/packages.sh
+.PHONY: bench-retention
+bench-retention: .cache/agent-venv/.complete packages
 	cd bench && $(CURDIR)/.cache/agent-venv/bin/python retention.py
 
 ## make pin-images    ask the registries for the digests of all images, and use them from then on
+.PHONY: pin-images
 pin-images: venv
 	python tools/pin_images.py
 
 ## make record-vllm   read the pinned vLLM's parsers and architectures from its wheels; after every change of its version
+.PHONY: record-vllm
 record-vllm: venv
 	$(BIN)/python tools/record_vllm.py
 
 ## make lock          write the lock files again from their .in files
+.PHONY: lock
 lock: venv
 	$(COMPILE) requirements-dev.in -o requirements-dev.lock
 	cd files/agent && $(COMPILE) requirements.in -o requirements.lock

@@ -12,4 +12,5 @@ sys.path[:0] = [str(ROOT / ".collections"), str(ROOT / "tools"), str(ROOT / "tes
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "long: takes time that `make test` does not have")
+    config.addinivalue_line("markers", "quick: in `make test` already; the rest comes in `make test-all`")
+    config.addinivalue_line("markers", "long: in `make drills` alone")

@@ -1,11 +1,16 @@
 #!/usr/bin/env bash
-# molecule test -s SCENARIO. Its output ends with the removal of the host, so what failed is said again, last.
+# molecule test -s SCENARIO. DRILLS chooses among its tests by their marks, KEEP_HOSTS leaves its hosts for `molecule.sh SCENARIO more`,
+# which goes on with other tests on them and removes them.
 set -euo pipefail
-log=.cache/molecule-$1.log
-[ -z "${DRILLS-}" ] || export PYTEST_ADDOPTS="-m '$DRILLS'"
-export COLUMNS=${COLUMNS:-160}  # whole sentences, where they are not for a terminal
-molecule test -s "$1" 2>&1 | tee "$log" || {
-  echo "== what failed in the scenario $1:"
-  sed 's/\x1b\[[0-9;]*m//g' "$log" | grep -E 'FAILED|fatal:|\[ERROR\]|msg:|[A-Za-z]+(Error|Exception):|E +assert' | tail -n 40
-  exit 1
-}
+scenario=$1
+# Whole sentences, where they are not for a terminal.
+export COLUMNS=${COLUMNS:-160} PYTHONUNBUFFERED=1
+[ -z "${DRILLS-}" ] || [ "$scenario" = default ] || export PYTEST_ADDOPTS="-m '$DRILLS'"
+if [ "${2-}" = more ]; then
+  molecule verify -s "$scenario"
+  molecule destroy -s "$scenario"
+elif [ -n "${KEEP_HOSTS-}" ] && [ "$scenario" != default ]; then
+  molecule test -s "$scenario" --destroy never
+else
+  molecule test -s "$scenario"
+fi

@@ -2,8 +2,8 @@
 
 Standard library only, because it also works before the virtual environment exists.
 
-    python3 tests/host/host.py up NAME [--domain DOMAIN] [--publish 127.0.0.1:8443:443] [--with-docker]
-    python3 tests/host/host.py down NAME [--keep-images]
+    python3 tests/host/host.py up NAME [--domain DOMAIN] [--publish 127.0.0.1:8443:443] [--with-docker] [--images-of NAME]
+    python3 tests/host/host.py down NAME [--keep-images] [--keep-volume]
     python3 tests/host/host.py engine        # make sure that a Docker engine answers
 """
 
@@ -83,8 +83,11 @@ def engine() -> None:
     raise HostError("\n".join(["The Docker engine was started, but does not answer `docker info`. Its last log lines:", *log_lines]))
 
 
-def up(name: str, domain: str, publish: list[str], with_docker: bool = False) -> bool:
-    """Start the host, bare or with Docker installed, or leave a running one alone. Return whether it was started."""
+def up(name: str, domain: str, publish: list[str], with_docker: bool = False, images_of: str = "") -> bool:
+    """Start the host, bare or with Docker installed, or leave a running one alone. Return whether it was started.
+
+    A new host begins with the container images that the host `images_of` had when it went, if that kept its volume.
+    """
     engine()
     state = run("docker", "container", "inspect", "--format", "{{.State.Status}}", name, check=False)
     if state and state != "running":
@@ -92,27 +95,39 @@ def up(name: str, domain: str, publish: list[str], with_docker: bool = False) ->
     if not state:
         image = _image(DOCKER_PACKAGES if with_docker else "")
         ports = [f"--publish={port}" for port in publish]
+        if images_of and run("docker", "volume", "ls", "--quiet", "--filter", f"name=^{_volume(images_of)}$"):
+            volumes = ["--volume", f"{_volume(images_of)}:/from:ro", "--volume", f"{_volume(name)}:/to"]
+            run("docker", "run", "--rm", "--entrypoint", "cp", *volumes, image, "--archive", "/from/.", "/to/")
         run(
             *("docker", "run", "--detach", "--name", name, "--hostname", name, "--label", f"{LABEL}={name}"),
-            *("--add-host", f"{domain}:127.0.0.1", "--volume", f"{name}-docker:/var/lib/docker"),
+            *("--add-host", f"{domain}:127.0.0.1", "--volume", f"{_volume(name)}:/var/lib/docker"),
             *(*RUN_FLAGS, *ports, image),
         )
     _wait_for_systemd(name)
     return state != "running"
 
 
-def down(name: str, keep_images: bool = False) -> None:
-    """Remove the host, its volume and, unless the next test host shall be spared a minute, the images that only test hosts use."""
+def down(name: str, keep_images: bool = False, keep_volume: bool = False) -> None:
+    """Remove the host, its volume unless other hosts shall begin with the images in it, and the images of test hosts unless the next one needs them."""
     if shutil.which("docker") is None:
         return
     if not _engine_answers():
         raise HostError(f"No Docker engine answers `docker info`, so it is not known whether it keeps the test host {name}. Start Docker and repeat this.")
+    if keep_volume:
+        # Its engine ends in order: what is copied later must be whole.
+        run("docker", "container", "stop", name, check=False)
     run("docker", "container", "rm", "--force", "--volumes", name, check=False)
-    run("docker", "volume", "rm", "--force", f"{name}-docker", check=False)
+    if not keep_volume:
+        run("docker", "volume", "rm", "--force", _volume(name), check=False)
     if not keep_images and not run("docker", "container", "ls", "--all", "--quiet", "--filter", f"label={LABEL}"):
         images = run("docker", "image", "ls", "--quiet", "--filter", "reference=agent-stack-test/*")
         for image in dict.fromkeys(images.split()):
             run("docker", "image", "rm", "--force", image, check=False)
+
+
+def _volume(name: str) -> str:
+    """The volume that holds the images and containers of a host's own engine."""
+    return f"{name}-docker"
 
 
 def _engine_answers() -> bool:
@@ -174,16 +189,18 @@ def main() -> int:
     up_parser.add_argument("--domain", default="agent.localhost")
     up_parser.add_argument("--publish", action="append", default=[])
     up_parser.add_argument("--with-docker", action="store_true")
+    up_parser.add_argument("--images-of", default="")
     down_parser = commands.add_parser("down")
     down_parser.add_argument("name")
     down_parser.add_argument("--keep-images", action="store_true")
+    down_parser.add_argument("--keep-volume", action="store_true")
     commands.add_parser("engine")
     arguments = parser.parse_args()
     try:
         if arguments.command == "up":
-            up(arguments.name, arguments.domain, arguments.publish, arguments.with_docker)
+            up(arguments.name, arguments.domain, arguments.publish, arguments.with_docker, arguments.images_of)
         elif arguments.command == "down":
-            down(arguments.name, arguments.keep_images)
+            down(arguments.name, arguments.keep_images, arguments.keep_volume)
         else:
             engine()
     except HostError as error:

@@ -15,7 +15,7 @@ from swap_host import GATEWAY, ROOT, SwapHost
 INVENTORY = ROOT / "molecule" / "hosts" / "inventory" / "hosts.yml"
 FRONT, ONE, TWO, FOLLOWER = (SwapHost(f"agent-stack-{name}", INVENTORY, "playbooks/site.yml") for name in ("front", "gpu1", "gpu2", "gpu3"))
 RATE = 20
-# `make test` has no time for these; `molecule test -s hosts` and `make molecule-hosts` run them.
+# `make drills` runs these too.
 LONG = pytest.mark.long
 
 

@@ -26,6 +26,8 @@ DRIVER = {"FAKE_DRIVER": "580.159.04", "FAKE_CUDA": 13000, "FAKE_GPUS": 1}
 PACKAGES = ["libnvidia-container-tools", "libnvidia-container1", "nvidia-container-toolkit", "nvidia-container-toolkit-base"]
 PROBE = "docker run --rm --device nvidia.com/gpu=all --entrypoint nvidia-smi $(docker image ls --quiet agent-stack/haproxy) -L"
 SERVER = "agent-stack-vllm-blue-server-1"
+# `make test` runs these, `make test-all` the others.
+QUICK = pytest.mark.quick
 WATCHDOG_MEMORY = "/var/lib/agent-stack/vllm/watchdog.json"
 
 
@@ -123,6 +125,7 @@ def restarts_for_a_lost_gpu() -> int:
     return int(re.findall(r'restarts_total{reason="gpu_lost"} (\d+)', text)[0])
 
 
+@QUICK
 @pytest.mark.parametrize(("source", "python"), [("nvml", "/usr/local/bin/python3-with-nvml"), ("nvidia-smi", "/usr/bin/python3")])
 def test_the_module_says_what_the_driver_says(host: Host, source: str, python: str) -> None:
     """NVML's real bindings load the library; without them nvidia-smi is asked."""
@@ -134,27 +137,32 @@ def test_the_module_says_what_the_driver_says(host: Host, source: str, python: s
     assert (gpu["total_mib"], gpu["free_mib"]) == (81559, 79190)
 
 
+@QUICK
 def test_a_container_sees_the_gpu() -> None:
     assert seen_in_a_container() == GPUS[:1]
 
 
+@QUICK
 def test_the_model_server_sees_the_gpu_through_compose() -> None:
     (request,) = json.loads(on_host("docker", "inspect", "--format", "{{json .HostConfig.DeviceRequests}}", SERVER))
     assert (request["Driver"], request["DeviceIDs"]) == ("cdi", ["nvidia.com/gpu=all"])
     assert seen_in_the_server() == GPUS[:1]
 
 
+@QUICK
 def test_the_packages_are_held_at_the_default_version() -> None:
     assert versions() == {"1.20.1-1"}
     assert "1.21.0-1" in on_host("apt-cache", "madison", "nvidia-container-toolkit")
     assert "nvidia" not in on_host("apt-get", "--simulate", "dist-upgrade")
 
 
+@QUICK
 def test_the_old_lists_are_gone() -> None:
     assert [name for name in on_host("ls", "/etc/apt/sources.list.d").split() if "nvidia" in name] == ["nvidia-container-toolkit.sources"]
     assert not re.search("^[EW]:", on_host("sh", "-c", "apt-get update 2>&1"), re.M)
 
 
+@QUICK
 def test_what_others_set_for_docker_is_kept() -> None:
     settings = daemon_settings()
     assert (settings["max-concurrent-downloads"], settings["default-runtime"]) == (7, "within-limits")

@@ -18,8 +18,8 @@ HOST = SwapHost("agent-stack-swap", ROOT / "molecule" / "swap" / "inventory" / "
 WATCHDOG = "agent-stack-vllm-watchdog.service"
 RATE = 30
 ONE_GPU = ["sleep", "hold_and_recreate"]
-# `make test` has no time for these; `molecule test -s swap` and `make molecule-swap` run them.
-LONG = pytest.mark.long
+# The tiers: `make test` runs the quick ones, `make test-all` all but the long ones, `make drills` all.
+QUICK, LONG = pytest.mark.quick, pytest.mark.long
 
 
 def check_serves(model: str) -> None:
@@ -59,6 +59,7 @@ def test_a_second_run_changes_nothing() -> None:
     assert done.changed == 0, done.output
 
 
+@QUICK
 def test_swap_by_tag_under_load() -> None:
     with HOST.load(RATE) as traffic:
         done = HOST.play("--tags", "vllm", *HOST.wish("second"), playbook="molecule/swap/converge.yml")
@@ -71,6 +72,7 @@ def test_swap_by_tag_under_load() -> None:
     check_serves("second")
 
 
+@QUICK
 def test_the_same_again_changes_nothing() -> None:
     started = "{{.State.StartedAt}}"
     before = HOST.on_host("docker", "inspect", "--format", started, "agent-stack-vllm-green-server-1", GATEWAY)
@@ -80,12 +82,14 @@ def test_the_same_again_changes_nothing() -> None:
     assert HOST.on_host("docker", "inspect", "--format", started, "agent-stack-vllm-green-server-1", GATEWAY) == before
 
 
+@QUICK
 def test_check_mode_says_that_it_would_change() -> None:
     done = HOST.swap("third", "side_by_side", "--check")
     assert (done.returncode, done.changed) == (0, 1), done.output
     check_serves("second")
 
 
+@QUICK
 def test_rollback() -> None:
     with HOST.load(RATE) as traffic:
         done = HOST.play(playbook="playbooks/rollback.yml")
@@ -130,7 +134,7 @@ def test_rollback_on_one_gpu(strategy: str) -> None:
 @pytest.mark.parametrize(
     ("model", "strategy", "reason"),
     [
-        ("a-dull", "side_by_side", "was judged unfit: .*did not answer with a completion"),
+        pytest.param("a-dull", "side_by_side", "was judged unfit: .*did not answer with a completion", marks=QUICK),
         pytest.param("a-blunt", "side_by_side", "was judged unfit: the model called no tool", marks=LONG),
         ("a-dying", "side_by_side", "ended while it was starting.*CUDA out of memory, says the script"),
         ("a-slow-90", "side_by_side", "was not ready after 30 seconds"),
@@ -179,7 +183,7 @@ def wait_for_phase(phase: str, process: subprocess.Popen[str]) -> None:
 @pytest.mark.parametrize(
     ("strategy", "phase", "what"),
     [
-        ("sleep", "judge", "the play"),
+        pytest.param("sleep", "judge", "the play", marks=QUICK),
         ("sleep", "load", "all of it"),
         ("hold_and_recreate", "load", "all of it"),
         pytest.param("sleep", "sleep", "the play", marks=LONG),

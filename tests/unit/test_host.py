@@ -153,3 +153,29 @@ def test_docker_is_what_the_role_installs() -> None:
     variables = yaml.safe_load((Path(__file__).resolve().parents[2] / "roles" / "docker" / "vars" / "main.yml").read_text())
     (packages,) = (names["Debian 13"] for names in variables.values() if isinstance(names, dict) and "Debian 13" in names)
     assert host.DOCKER_PACKAGES.split() == packages
+
+
+@pytest.mark.parametrize(("volumes", "copied"), [("seed-docker", True), ("", False)])
+def test_a_host_starts_with_a_copy_of_the_images_of_another(programs: Path, monkeypatch: pytest.MonkeyPatch, volumes: str, copied: bool) -> None:
+    """Where that one was never made, the host starts without any."""
+    states = f'case "$*" in *is-system-running*) echo running;; "image ls"*) echo 1;; "volume ls"*) echo {volumes};; esac'
+    program(programs, "docker", states)
+    assert command(monkeypatch, "up", "x", "--images-of", "seed") == 0
+    lines = asked(programs)
+    copies = [line for line in lines if "--entrypoint cp" in line]
+    assert [line.startswith("docker run --rm") and "--volume seed-docker:/from:ro --volume x-docker:/to" in line for line in copies] == [True] * copied
+    (start,) = (index for index, line in enumerate(lines) if line.startswith("docker run --detach"))
+    assert all(lines.index(line) < start for line in copies)
+
+
+def test_a_running_host_gets_no_other_images(programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program(programs, "docker", 'case "$*" in *inspect*|*is-system-running*) echo running;; "volume ls"*) echo seed-docker;; esac')
+    assert command(monkeypatch, "up", "x", "--images-of", "seed") == 0
+    assert not any("--entrypoint cp" in line for line in asked(programs))
+
+
+def test_images_that_others_start_with_are_whole(programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine in the host is stopped in order, and its volume stays."""
+    program(programs, "docker")
+    assert command(monkeypatch, "down", "x", "--keep-images", "--keep-volume") == 0
+    assert asked(programs)[1:] == ["docker container stop x", "docker container rm --force --volumes x"]

@@ -4,6 +4,19 @@ import pytest
 
 from servers import Agent, Model, Postgres, Redis, environment, migrate
 
+# What a test with one of these fixtures waits for.
+SERVERS = {"postgres", "redis", "model_process"}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "server: talks to Postgres, Redis or the scripted model server")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if SERVERS & set(getattr(item, "fixturenames", ())):
+            item.add_marker("server")
+
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
