@@ -15,6 +15,8 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 PREFLIGHT := $(PYTHON) tools/preflight.py
 # Each part of the tests has a log in .cache/parts, and its seconds in a table at the end.
 PART := @$(BIN)/python tools/parts.py run
+# Which drills run; see docs/testing.md.
+DRILLS ?=
 
 .PHONY: help
 help:
@@ -118,10 +120,10 @@ images: engine
 
 # Parts of `make check`.
 
-## make style         ruff, yamllint, the changelog
+## make style         ruff, yamllint, the changelog, the documents
 .PHONY: style
 style: venv
-	$(PART) $@ bash -c 'ruff check . && ruff format --check . && yamllint --strict . && antsibull-changelog lint'
+	$(PART) $@ bash -c 'ruff check . && ruff format --check . && yamllint --strict . && antsibull-changelog lint && python tools/docs.py check'
 
 ## make types         mypy, strict
 .PHONY: types

@@ -1,4 +1,4 @@
-"""Drills on the host that `make demo` deployed. They change it, and leave it as they found it.
+"""Drills on the host that `make demo` deployed, or on the test host DRILL_HOST. They change it, and leave it as they found it.
 
 They run in the order of their file names. Run `make demo` first; `make system-test` does both.
 """
@@ -23,6 +23,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 READY_URL = "http://127.0.0.1:8080/ready"
+demo.NAME = os.environ.get("DRILL_HOST", demo.NAME)
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Play:
 def _demo_host() -> None:
     state = test_host.run("docker", "container", "inspect", "--format", "{{.State.Status}}", demo.NAME, check=False)
     if state != "running":
-        pytest.exit(f"The demo host {demo.NAME} does not run: `make demo` first.", returncode=2)
+        pytest.exit(f"The host {demo.NAME} does not run: `make demo` first.", returncode=2)
 
 
 @pytest.fixture(scope="session")
