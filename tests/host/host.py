@@ -96,8 +96,7 @@ def up(name: str, domain: str, publish: list[str], with_docker: bool = False, im
         image = _image(DOCKER_PACKAGES if with_docker else "")
         ports = [f"--publish={port}" for port in publish]
         if images_of and run("docker", "volume", "ls", "--quiet", "--filter", f"name=^{_volume(images_of)}$"):
-            volumes = ["--volume", f"{_volume(images_of)}:/from:ro", "--volume", f"{_volume(name)}:/to"]
-            run("docker", "run", "--rm", "--entrypoint", "cp", *volumes, image, "--archive", "/from/.", "/to/")
+            _copy_images(_volume(images_of), _volume(name), image)
         run(
             *("docker", "run", "--detach", "--name", name, "--hostname", name, "--label", f"{LABEL}={name}"),
             *("--add-host", f"{domain}:127.0.0.1", "--volume", f"{_volume(name)}:/var/lib/docker"),
@@ -123,6 +122,20 @@ def down(name: str, keep_images: bool = False, keep_volume: bool = False) -> Non
         images = run("docker", "image", "ls", "--quiet", "--filter", "reference=agent-stack-test/*")
         for image in dict.fromkeys(images.split()):
             run("docker", "image", "rm", "--force", image, check=False)
+
+
+def _copy_images(source: str, target: str, image: str) -> None:
+    """Fill a new volume with the images of another one.
+
+    Layers are never written to once they are there, so both have the same files. What the engine writes to in place is copied.
+    """
+    run("docker", "volume", "create", target)
+    paths = run("docker", "volume", "inspect", "--format", "{{.Mountpoint}}", source, target).split()
+    # Under one mount, because there is no link from one mount to another.
+    parent = os.path.commonpath(paths)
+    source, target = (os.path.join("/volumes", os.path.relpath(path, parent)) for path in paths)
+    script = f"cd {source} && cp --archive --link overlay2 {target}/ && for one in *; do [ $one = overlay2 ] || cp --archive $one {target}/; done"
+    run("docker", "run", "--rm", "--volume", f"{parent}:/volumes", "--entrypoint", "sh", image, "-ec", script)
 
 
 def _volume(name: str) -> str:

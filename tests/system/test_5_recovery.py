@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -36,8 +37,17 @@ def test_killed_containers_come_back(on_host: Callable[..., str], containers: Co
     assert {f"agent-stack-vllm-{demo.active_slot()}-server-1", "agent-stack-postgres-postgres-1", "agent-stack-agent-agent-1"} <= set(durations)
 
 
+def converse(on_host: Callable[..., str]) -> None:
+    """Have a turn with the agent, asked as nginx asks."""
+    secret = "$(cat /opt/agent-stack/agent/secrets/proxy_secret)"
+    curl = f"curl --silent --show-error --fail --header 'X-Forwarded-User: drill' --header \"X-Proxy-Secret: {secret}\""
+    answer = on_host("sh", "-c", f"""{curl} --json '{{"message": "Hello"}}' http://127.0.0.1:8080/chat""")
+    assert json.loads(answer)["response"]
+
+
 def test_restarted_host_brings_everything_back(on_host: Callable[..., str], containers: Containers, wait_until_ready: Callable[[float], float]) -> None:
     before = set(containers())
+    converse(on_host)
     count = ("docker", "exec", "-i", "agent-stack-postgres-postgres-1", "psql", "--username=postgres", "--dbname=agent", "-At")
     rows = int(on_host(*count, stdin="SELECT count(*) FROM checkpoints"))
     assert rows > 0

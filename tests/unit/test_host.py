@@ -155,23 +155,28 @@ def test_docker_is_what_the_role_installs() -> None:
     assert host.DOCKER_PACKAGES.split() == packages
 
 
-@pytest.mark.parametrize(("volumes", "copied"), [("seed-docker", True), ("", False)])
-def test_a_host_starts_with_a_copy_of_the_images_of_another(programs: Path, monkeypatch: pytest.MonkeyPatch, volumes: str, copied: bool) -> None:
+@pytest.mark.parametrize(("volumes", "copied"), [("seed-docker", 1), ("", 0)])
+def test_a_host_starts_with_the_images_of_another(programs: Path, monkeypatch: pytest.MonkeyPatch, volumes: str, copied: int) -> None:
     """Where that one was never made, the host starts without any."""
-    states = f'case "$*" in *is-system-running*) echo running;; "image ls"*) echo 1;; "volume ls"*) echo {volumes};; esac'
+    states = f"""case "$*" in
+      *is-system-running*) echo running;; "image ls"*) echo 1;; "volume ls"*) echo {volumes};;
+      "volume inspect"*) echo /var/lib/docker/volumes/seed-docker/_data; echo /var/lib/docker/volumes/x-docker/_data;;
+    esac"""
     program(programs, "docker", states)
     assert command(monkeypatch, "up", "x", "--images-of", "seed") == 0
     lines = asked(programs)
-    copies = [line for line in lines if "--entrypoint cp" in line]
-    assert [line.startswith("docker run --rm") and "--volume seed-docker:/from:ro --volume x-docker:/to" in line for line in copies] == [True] * copied
-    (start,) = (index for index, line in enumerate(lines) if line.startswith("docker run --detach"))
-    assert all(lines.index(line) < start for line in copies)
+    copies = [index for index, line in enumerate(lines) if "--volume /var/lib/docker/volumes:/volumes" in line]
+    assert len(copies) == copied
+    for index in copies:
+        assert "cd /volumes/seed-docker/_data && cp --archive --link overlay2 /volumes/x-docker/_data/" in lines[index]
+        assert "docker volume create x-docker" in lines[:index]
+        assert any(line.startswith("docker run --detach") for line in lines[index:])
 
 
 def test_a_running_host_gets_no_other_images(programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program(programs, "docker", 'case "$*" in *inspect*|*is-system-running*) echo running;; "volume ls"*) echo seed-docker;; esac')
     assert command(monkeypatch, "up", "x", "--images-of", "seed") == 0
-    assert not any("--entrypoint cp" in line for line in asked(programs))
+    assert not any("--link" in line for line in asked(programs))
 
 
 def test_images_that_others_start_with_are_whole(programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
