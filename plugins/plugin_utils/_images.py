@@ -21,7 +21,7 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True)
 class Settings:
-    """Where images come from: the `agent_stack_*` values of the inventory and the catalogue of the role."""
+    """Where images come from: the `agent_stack_*` values of the inventory, and what the components declare."""
 
     catalogue: Mapping[str, Mapping[str, Any]]
     base_images: Mapping[str, str]
@@ -92,6 +92,11 @@ def context(name: str, settings: Settings) -> Path:
     if name in settings.contexts:
         return Path(settings.contexts[name])
     return settings.collection_root / str(_entry(name, settings)["context"])
+
+
+def wheels(name: str, settings: Settings) -> bool:
+    """Return whether the wheels that the inventory names go into a build. Raises ImageError."""
+    return bool(_entry(name, settings).get("wheels", False))
 
 
 def _entry(name: str, settings: Settings) -> Mapping[str, Any]:
