@@ -17,13 +17,13 @@ from fastapi import Depends, FastAPI, Request, Response
 from pydantic import SecretStr
 
 from agent import auth
-from agent.auth import KEY, Authenticate, Authenticator, KeyRing, Limits, Principal, authenticate
-from agent.database import create_pool
+from agent.access.auth import KEY, Authenticate, Authenticator, KeyRing, Limits, Principal, authenticate
+from agent.api.middleware import Observe, error_response
 from agent.errors import ServiceError
 from agent.keys import main
 from agent.metrics import Metrics
-from agent.middleware import Observe, error_response
 from agent.settings import Settings
+from agent.storage.postgres import create_pool
 from servers import PROXY_SECRET, Model, Postgres, Redis, environment
 
 ASK = "ask_ci_" + "x" * 43

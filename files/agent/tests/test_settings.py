@@ -7,8 +7,8 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from agent.database import conninfo
 from agent.settings import Settings, SettingsError
+from agent.storage.postgres import conninfo
 from servers import AGENT, ODD_PASSWORD
 
 

@@ -19,23 +19,23 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from agent import logs
+from agent.access.auth import Authenticate, Authenticator, KeyRing
+from agent.access.rate_limit import RateLimiter, create_redis
 from agent.api import chat, langgraph, openai, openapi, page
+from agent.api.middleware import Observe, error_response
 from agent.api.requests import explain
-from agent.auth import Authenticate, Authenticator, KeyRing
-from agent.checkpoints import TurnSaver
-from agent.database import conninfo, create_pool
 from agent.errors import ServiceError, StorageUnavailable
-from agent.events import EventStreams
-from agent.graph import create_graph
-from agent.ledger import Channel, Database, Ledger, reason
+from agent.llm.graph import create_graph
 from agent.metrics import Metrics
-from agent.middleware import Observe, error_response
-from agent.rate_limit import RateLimiter, create_redis
 from agent.readiness import PROBE_SECONDS, Readiness, model_probe, postgres_probe, redis_probe
 from agent.retention import RetentionMetrics
-from agent.runs import Engine
+from agent.runs.checkpoints import TurnSaver
+from agent.runs.engine import Engine
+from agent.runs.events import EventStreams
+from agent.runs.ledger import Channel, Database, Ledger, reason
+from agent.runs.threads import Threads
 from agent.settings import Settings, SettingsError
-from agent.threads import Threads
+from agent.storage.postgres import conninfo, create_pool
 from agent.tools import create_tools, serve_tools
 from agent.tools.toolbox import Toolbox
 from agent.tracing import Tracing

@@ -16,8 +16,8 @@ from langgraph.checkpoint.postgres.aio import AsyncPostgresSaver
 from langgraph.store.postgres.aio import AsyncPostgresStore
 from psycopg.rows import DictRow
 
-from agent.database import SAVER_CONNECTION, conninfo
 from agent.settings import PostgresSettings, SettingsError
+from agent.storage.postgres import SAVER_CONNECTION, conninfo
 
 WAIT_SECONDS = 60
 LOCK = 0x6167656E74  # "agent"

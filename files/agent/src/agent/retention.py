@@ -28,8 +28,8 @@ from prometheus_client.registry import Collector
 from psycopg.rows import dict_row
 from pydantic import Field
 
-from agent.database import Pool, conninfo
 from agent.settings import PostgresSettings, SettingsError
+from agent.storage.postgres import Pool, conninfo
 
 LOCK = 0x72657461696E  # "retain"
 BATCH_THREADS = 200

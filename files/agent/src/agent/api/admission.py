@@ -6,10 +6,10 @@ from typing import Any
 
 from fastapi import Request
 
-from agent.auth import Principal
+from agent.access.auth import Principal
 from agent.errors import ServiceError
-from agent.ledger import bounded
-from agent.runs import Run, RunInput, RunOptions, new_run_id
+from agent.runs.engine import Run, RunInput, RunOptions, new_run_id
+from agent.runs.ledger import bounded
 
 # A Postgres that hangs must not hold a client for as long as a turn may take.
 SUBMIT_SECONDS = 8.0

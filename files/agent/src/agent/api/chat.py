@@ -13,8 +13,8 @@ from agent.api.answers import EVENTS, Json, event_stream, sse
 from agent.api.requests import owner, parse, read_body
 from agent.api.schemas import NOT_BLANK
 from agent.errors import InvalidJson, InvalidRequest, NotFound, UnsupportedMediaType
-from agent.events import ATTEMPT
-from agent.runs import Engine, Run, RunOptions, failure_of
+from agent.runs.engine import Engine, Run, RunOptions, failure_of
+from agent.runs.events import ATTEMPT
 
 router = APIRouter(tags=["chat"])
 

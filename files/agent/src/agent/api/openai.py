@@ -20,8 +20,8 @@ from agent.api.requests import JsonRoute, TurnId
 from agent.api.schemas import THREAD_ID, WHOLE, Body, Text, TextBlock
 from agent.api.threads import text_of
 from agent.errors import ConversationTooLong, InvalidRequest, NotFound, NotSupported, ServiceError
-from agent.events import Event
-from agent.runs import Engine, Run, RunOptions
+from agent.runs.engine import Engine, Run, RunOptions
+from agent.runs.events import Event
 
 PREFIX = "/openai/v1"
 MODEL = "agent"

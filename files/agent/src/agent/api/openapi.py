@@ -8,11 +8,11 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 from starlette.routing import compile_path
 
+from agent.access.auth import OPEN_PATHS
 from agent.api.langgraph import API_VERSION
 from agent.api.openai import PREFIX as OPENAI
 from agent.api.openai import OpenAIError
 from agent.api.schemas import Error
-from agent.auth import OPEN_PATHS
 
 REFERENCE = "#/components/schemas/{model}"
 DESCRIPTION = (

@@ -34,8 +34,8 @@ from agent.api.schemas import (
 )
 from agent.api.threads import check_checkpoint, config_of, text_of
 from agent.errors import InvalidRequest, MessageExists, NotFound, NothingWaits, ServiceError, StorageUnavailable
-from agent.runs import Engine, RunInput, RunOptions, describe_failure
-from agent.runs import Run as StoredRun
+from agent.runs.engine import Engine, RunInput, RunOptions, describe_failure
+from agent.runs.engine import Run as StoredRun
 from agent.tools.approval import check_answer
 
 router = APIRouter(tags=["runs"], route_class=JsonRoute)

@@ -8,8 +8,8 @@ from langchain_core.messages import AIMessage, AIMessageChunk, message_chunk_to_
 from pydantic import ValidationError
 
 from agent.api.answers import sse
-from agent.events import Event
-from agent.runs import Engine
+from agent.runs.engine import Engine
+from agent.runs.events import Event
 
 # Which events of a run a stream mode is made of.
 SOURCES = {

@@ -39,7 +39,7 @@ from agent.api.schemas import (
     WrittenMessage,
 )
 from agent.errors import InvalidRequest, NotFound, ServiceError
-from agent.threads import Thread as StoredThread
+from agent.runs.threads import Thread as StoredThread
 
 router = APIRouter(prefix="/threads", tags=["threads"], route_class=JsonRoute)
 

@@ -22,7 +22,6 @@ import psycopg
 from langchain_core.runnables import RunnableConfig
 from redis.exceptions import RedisError
 
-from agent.checkpoints import RunSaver, TurnSaver
 from agent.errors import (
     Cancelled,
     InvalidRequest,
@@ -34,10 +33,12 @@ from agent.errors import (
     TurnConflict,
     TurnTimeout,
 )
-from agent.events import ATTEMPT, Event, EventLog, EventStreams
-from agent.execution import Attempt
-from agent.graph import Agent
-from agent.ledger import (
+from agent.llm.graph import Agent
+from agent.metrics import Metrics
+from agent.runs.attempt import Attempt
+from agent.runs.checkpoints import RunSaver, TurnSaver
+from agent.runs.events import ATTEMPT, Event, EventLog, EventStreams
+from agent.runs.ledger import (
     FINAL,
     Batch,
     Channel,
@@ -51,7 +52,6 @@ from agent.ledger import (
     Strategy,
     bounded,
 )
-from agent.metrics import Metrics
 from agent.settings import Settings
 from agent.tracing import Tracing
 

@@ -13,7 +13,7 @@ import orjson
 from psycopg.rows import DictRow
 
 from agent.errors import NotFound, ThreadExists
-from agent.ledger import Database, Finished, Ledger
+from agent.runs.ledger import Database, Finished, Ledger
 
 ThreadStatus = Literal["idle", "busy", "interrupted", "error"]
 SortBy = Literal["thread_id", "status", "created_at", "updated_at"]

@@ -20,8 +20,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from agent.database import Pool
 from agent.errors import ServiceError
+from agent.storage.postgres import Pool
 
 logger = logging.getLogger(__name__)
 

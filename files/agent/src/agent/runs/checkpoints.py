@@ -25,9 +25,9 @@ from langgraph.checkpoint.base import (
 from langgraph.checkpoint.postgres.aio import AsyncPostgresSaver
 from langgraph.checkpoint.postgres.base import SELECT_SQL
 
-from agent.database import Pool
 from agent.errors import StorageUnavailable
-from agent.ledger import Batch, Database
+from agent.runs.ledger import Batch, Database
+from agent.storage.postgres import Pool
 
 INTERRUPT = "__interrupt__"
 TASKS = "__pregel_tasks"

@@ -16,8 +16,8 @@ import psycopg
 from psycopg.conninfo import make_conninfo
 from psycopg.rows import DictRow
 
-from agent.database import Pool
 from agent.errors import StorageUnavailable
+from agent.storage.postgres import Pool
 
 logger = logging.getLogger(__name__)
 

@@ -24,13 +24,13 @@ from langgraph.checkpoint.base import CheckpointTuple
 from langgraph.errors import EmptyInputError, GraphRecursionError
 from langgraph.types import Command
 
-from agent import context
-from agent.checkpoints import INTERRUPT, RunSaver
 from agent.errors import InvalidRequest, ModelFailed, TooManySteps
-from agent.events import EventLog, plain
-from agent.graph import Agent
-from agent.ledger import Outcome, Run
+from agent.llm import context
+from agent.llm.graph import Agent
 from agent.metrics import Metrics
+from agent.runs.checkpoints import INTERRUPT, RunSaver
+from agent.runs.events import EventLog, plain
+from agent.runs.ledger import Outcome, Run
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from redis.asyncio import BlockingConnectionPool, Redis
 from redis.commands.core import AsyncScript
 from redis.exceptions import RedisError
 
-from agent.auth import Principal
+from agent.access.auth import Principal
 from agent.errors import RateLimited
 from agent.metrics import Metrics
 from agent.settings import Settings

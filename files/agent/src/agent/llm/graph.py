@@ -19,9 +19,9 @@ from langgraph.graph.state import CompiledStateGraph
 from langgraph.store.base import BaseStore
 from typing_extensions import TypedDict
 
-from agent import context
 from agent.errors import TooManySteps, TurnTimeout
-from agent.model import TURN, ChatModel, ContextOverflow, Turn, create_model
+from agent.llm import context
+from agent.llm.model import TURN, ChatModel, ContextOverflow, Turn, create_model
 from agent.settings import Settings
 from agent.tools.calls import ToolCalls
 from agent.tools.toolbox import Toolbox
