@@ -28,14 +28,12 @@ from agent.errors import InvalidRequest, ModelFailed, TooManySteps
 from agent.llm import context
 from agent.llm.graph import Agent
 from agent.metrics import Metrics
-from agent.runs.checkpoints import INTERRUPT, RunSaver
+from agent.runs._langgraph import CHECKPOINTER, INTERRUPT, without_internal
+from agent.runs.checkpoints import RunSaver
 from agent.runs.events import EventLog, plain
 from agent.runs.ledger import Outcome, Run
 
 logger = logging.getLogger(__name__)
-
-# Under this key a graph finds the saver it is lent, as a subgraph finds that of the graph around it.
-CHECKPOINTER = "__pregel_checkpointer"
 
 
 class Attempt:
@@ -185,8 +183,7 @@ class Attempt:
         if mode == "messages":
             chunk, metadata = data
             if "messages" in wanted:
-                shown = {name: value for name, value in metadata.items() if not name.startswith("__")}
-                self._log.add(_name("messages", namespace), [chunk, shown])
+                self._log.add(_name("messages", namespace), [chunk, without_internal(metadata)])
             if isinstance(chunk, AIMessageChunk | AIMessage) and (text := chunk.text):
                 if self._writing != chunk.id:
                     self._writing, self._written = chunk.id, ""

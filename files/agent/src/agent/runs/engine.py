@@ -35,6 +35,7 @@ from agent.errors import (
 )
 from agent.llm.graph import Agent
 from agent.metrics import Metrics
+from agent.runs._langgraph import CHECKPOINTER, without_internal
 from agent.runs.attempt import Attempt
 from agent.runs.checkpoints import RunSaver, TurnSaver
 from agent.runs.events import ATTEMPT, Event, EventLog, EventStreams
@@ -682,9 +683,9 @@ class Engine:
         outcome, batch = Outcome("error", None), Batch()
         try:
             saver = RunSaver(self._saver, run.run_id, {}, self._saving(run), history="step")
-            config: RunnableConfig = {"configurable": {**configurable, "__pregel_checkpointer": saver}}
+            config: RunnableConfig = {"configurable": {**configurable, CHECKPOINTER: saver}}
             written = await self._graph.aupdate_state(config, values, as_node)
-            config = {"configurable": {**written["configurable"], "__pregel_checkpointer": saver}}
+            config = {"configurable": {**written["configurable"], CHECKPOINTER: saver}}
             waits = bool((await self._graph.aget_state(config)).next)
             batch = saver.batch(final=True)
             outcome = Outcome("success", "interrupted" if waits else "idle")
@@ -693,7 +694,7 @@ class Engine:
         finally:
             await asyncio.shield(self._ledger.finish(run, batch, outcome))
             await self._ledger.delete(run.run_id)
-        return {name: value for name, value in written["configurable"].items() if not name.startswith("__")}
+        return without_internal(written["configurable"])
 
     # Keeping the threads going
 
