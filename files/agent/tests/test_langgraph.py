@@ -23,9 +23,8 @@ from typing_extensions import TypedDict
 import agent
 from agent.runs import _langgraph
 from agent.runs.checkpoints import RunSaver, TurnSaver
-from agent.runs.ledger import Database
 from agent.settings import PostgresSettings
-from agent.storage.postgres import Pool, create_pool
+from agent.storage.postgres import Database, Pool, create_pool
 from servers import Model, Postgres, Redis, environment
 
 SOURCE = Path(agent.__file__).parent

@@ -32,10 +32,10 @@ from agent.retention import RetentionMetrics
 from agent.runs.checkpoints import TurnSaver
 from agent.runs.engine import Engine
 from agent.runs.events import EventStreams
-from agent.runs.ledger import Channel, Database, Ledger, reason
+from agent.runs.ledger import Channel, Ledger
 from agent.runs.threads import Threads
 from agent.settings import Settings, SettingsError
-from agent.storage.postgres import conninfo, create_pool
+from agent.storage.postgres import Database, conninfo, create_pool, reason
 from agent.tools import create_tools, serve_tools
 from agent.tools.toolbox import Toolbox
 from agent.tracing import Tracing

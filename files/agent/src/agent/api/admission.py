@@ -8,8 +8,8 @@ from fastapi import Request
 
 from agent.access.auth import Principal
 from agent.errors import ServiceError
-from agent.runs.engine import Run, RunInput, RunOptions, new_run_id
-from agent.runs.ledger import bounded
+from agent.runs.records import Run, RunInput, RunOptions, new_run_id
+from agent.storage.postgres import bounded
 
 # A Postgres that hangs must not hold a client for as long as a turn may take.
 SUBMIT_SECONDS = 8.0

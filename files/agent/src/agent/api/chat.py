@@ -13,8 +13,9 @@ from agent.api.answers import EVENTS, Json, event_stream, sse
 from agent.api.requests import owner, parse, read_body
 from agent.api.schemas import NOT_BLANK
 from agent.errors import InvalidJson, InvalidRequest, NotFound, UnsupportedMediaType
-from agent.runs.engine import Engine, Run, RunOptions, failure_of
+from agent.runs.engine import Engine
 from agent.runs.events import ATTEMPT
+from agent.runs.records import Run, RunOptions, failure_of
 
 router = APIRouter(tags=["chat"])
 
@@ -55,7 +56,9 @@ async def chat(request: Request) -> Response:
     run = await _submit(request, asked, RunOptions(waited=True, history="turn"))
     if not run.final:
         settings = request.app.state.settings
-        run = await _engine(request).wait(owner(request), run.run_id, settings.turn_timeout_seconds + GRACE_SECONDS)
+        run = await _engine(request).followers.wait(
+            owner(request), run.run_id, settings.turn_timeout_seconds + GRACE_SECONDS
+        )
     if run.status != "success":
         raise failure_of(run)
     result = run.result or {}
@@ -86,7 +89,7 @@ async def resume_chat_stream(request: Request, run_id: str) -> Response:
         raise InvalidRequest("Last-Event-ID: must be a number.")
     if not re.fullmatch(RUN_ID, run_id):
         raise NotFound
-    run = await _engine(request).get(owner(request), run_id)
+    run = await _engine(request).followers.get(owner(request), run_id)
     request.state.log = {"thread_id": run.thread_id, "run_id": run.run_id}
     return event_stream(_tell(_engine(request), owner(request), run, int(last)))
 
@@ -95,7 +98,7 @@ async def _tell(engine: Engine, caller: str, run: Run, after: int) -> AsyncGener
     failed = False
     if after < ATTEMPT:
         yield sse("run", {"run_id": run.run_id, "thread_id": run.thread_id})
-    async with aclosing(engine.events(caller, run.run_id, after)) as events:
+    async with aclosing(engine.followers.events(caller, run.run_id, after)) as events:
         async for event in events:
             match event.event:
                 case "token" | "tool" | "status" | "usage":

@@ -20,8 +20,9 @@ from agent.api.requests import JsonRoute, TurnId
 from agent.api.schemas import THREAD_ID, WHOLE, Body, Text, TextBlock
 from agent.api.threads import text_of
 from agent.errors import ConversationTooLong, InvalidRequest, NotFound, NotSupported, ServiceError
-from agent.runs.engine import Engine, Run, RunOptions
+from agent.runs.engine import Engine
 from agent.runs.events import Event
+from agent.runs.records import Run, RunOptions
 
 PREFIX = "/openai/v1"
 MODEL = "agent"
@@ -284,7 +285,7 @@ class Turn:
     async def _text(self) -> AsyncGenerator[str]:
         """All that the agent says, a blank line between what it says before and after it uses a tool."""
         spoke = False
-        async with aclosing(self._engine.events(self._run.owner, self._run.run_id)) as events:
+        async with aclosing(self._engine.followers.events(self._run.owner, self._run.run_id)) as events:
             async for event in events:
                 for piece in self._pieces(event):
                     spoke = True

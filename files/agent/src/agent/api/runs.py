@@ -34,8 +34,9 @@ from agent.api.schemas import (
 )
 from agent.api.threads import check_checkpoint, config_of, text_of
 from agent.errors import InvalidRequest, MessageExists, NotFound, NothingWaits, ServiceError, StorageUnavailable
-from agent.runs.engine import Engine, RunInput, RunOptions, describe_failure
-from agent.runs.engine import Run as StoredRun
+from agent.runs.engine import Engine
+from agent.runs.records import Run as StoredRun
+from agent.runs.records import RunInput, RunOptions, describe_failure
 from agent.tools.approval import check_answer
 
 router = APIRouter(tags=["runs"], route_class=JsonRoute)
@@ -179,7 +180,7 @@ def _engine(request: Request) -> Engine:
 
 
 async def _find(request: Request, thread_id: str, run_id: UUID | str) -> StoredRun:
-    run = await _engine(request).get(owner(request), str(run_id))
+    run = await _engine(request).followers.get(owner(request), str(run_id))
     if run.thread_id != thread_id:
         raise NotFound("There is no such run.")
     request.state.log = {"thread_id": run.thread_id, "run_id": run.run_id}
@@ -361,7 +362,7 @@ async def _outcome(request: Request, run: StoredRun) -> Any:
     try:
         if run.options.on_completion == "delete":
             return await streams.last_values(_engine(request), owner(request), run.run_id)
-        ended = await _engine(request).wait(owner(request), run.run_id)
+        ended = await _engine(request).followers.wait(owner(request), run.run_id)
         if ended.error:
             return {"__error__": streams.describe_error(ended.error)}
         return await _values(request, ended)

@@ -113,7 +113,7 @@ async def stream(
 ) -> AsyncGenerator[bytes]:
     # Whole messages are made of their first pieces too, so those are read again.
     start = 0 if "messages" in modes else after
-    async with aclosing(engine.events(owner, run_id, start)) as events:
+    async with aclosing(engine.followers.events(owner, run_id, start)) as events:
         async for piece in translate(events, modes, run_id, after):
             yield piece
 
@@ -121,7 +121,7 @@ async def stream(
 async def last_values(engine: Engine, owner: str, run_id: str) -> dict[str, Any]:
     """What a run left in its thread, for one that tells its values; or what went wrong."""
     values: dict[str, Any] = {}
-    async with aclosing(engine.events(owner, run_id)) as events:
+    async with aclosing(engine.followers.events(owner, run_id)) as events:
         async for event in events:
             if event.event == "values":
                 values = event.data

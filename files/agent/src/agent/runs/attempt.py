@@ -31,7 +31,7 @@ from agent.metrics import Metrics
 from agent.runs._langgraph import CHECKPOINTER, INTERRUPT, without_internal
 from agent.runs.checkpoints import RunSaver
 from agent.runs.events import EventLog, plain
-from agent.runs.ledger import Outcome, Run
+from agent.runs.records import Outcome, Run
 
 logger = logging.getLogger(__name__)
 

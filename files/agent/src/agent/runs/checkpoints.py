@@ -34,8 +34,8 @@ from agent.runs._langgraph import (
     load_writes,
     set_lock,
 )
-from agent.runs.ledger import Batch, Database
-from agent.storage.postgres import Pool
+from agent.runs.records import Batch
+from agent.storage.postgres import Database, Pool
 
 LATEST = SELECT_SQL + "WHERE thread_id = %s AND checkpoint_ns = %s ORDER BY checkpoint_id DESC LIMIT 1"
 EXACT = SELECT_SQL + "WHERE thread_id = %s AND checkpoint_ns = %s AND checkpoint_id = %s"

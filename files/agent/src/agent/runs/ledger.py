@@ -6,10 +6,8 @@ Every statement here can be sent again after a connection broke without an answe
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from datetime import datetime
-from typing import Any, Literal, LiteralString, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, LiteralString
 
 import orjson
 import psycopg
@@ -17,209 +15,13 @@ from psycopg.conninfo import make_conninfo
 from psycopg.rows import DictRow
 
 from agent.errors import StorageUnavailable
-from agent.storage.postgres import Pool
+from agent.runs.records import Batch, Outcome, Run, RunLost, RunOptions
+from agent.storage.postgres import Database
 
 logger = logging.getLogger(__name__)
 
-Strategy = Literal["reject", "enqueue", "interrupt", "rollback"]
-RunStatus = Literal["pending", "running", "success", "error", "timeout", "interrupted"]
-FINAL: frozenset[str] = frozenset({"success", "error", "timeout", "interrupted"})
 CHANNEL = "agent_runs"
 LISTENER = "agent-"
-RETRY_SECONDS = (0.0, 0.05, 0.2, 0.5, 1.0)
-ANSWER_SECONDS = 4.0
-LIMIT_SECONDS = 8.0
-
-Parameters = Sequence[Any] | Mapping[str, Any]
-Result = TypeVar("Result")
-# Told of a run's end: its owner, its id and the tokens that it used.
-Finished = Callable[[str, str, int], Coroutine[Any, Any, None]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunOptions:
-    # What is told while it works: any of "tokens", "tools", "messages", "values", "updates", "custom".
-    stream: tuple[str, ...] = ()
-    subgraphs: bool = False
-    # Events are also kept in Redis for some minutes, so that any worker can replay them. A run that had to wait for its
-    # thread always is: the worker that takes it may not be the one that its client is connected to.
-    resumable: bool = False
-    # Somebody waits for the answer now: the deadline counts from the submission, not from the start of the work.
-    waited: bool = False
-    # "turn" keeps one checkpoint a turn (and those that a tool call needs), "step" every step's.
-    history: Literal["turn", "step"] = "step"
-    # Start from this one instead of the thread's latest.
-    checkpoint_id: str | None = None
-    recursion_limit: int | None = None
-    # Parameters for the model, in the words of its API, that go before the service's own.
-    model: dict[str, Any] = field(default_factory=dict)
-    interrupt_before: tuple[str, ...] = ()
-    interrupt_after: tuple[str, ...] = ()
-    # "delete": the thread goes when the run ends (the LangGraph API's runs without a thread).
-    on_completion: Literal["keep", "delete"] = "keep"
-    strategy: Strategy = "enqueue"
-    metadata: dict[str, Any] = field(default_factory=dict)
-    # "update" is a change of the state by hand, which must not meet a turn.
-    kind: Literal["turn", "update"] = "turn"
-
-    def to_json(self) -> str:
-        """Only what differs from the defaults."""
-        return orjson.dumps({name: value for name, value in asdict(self).items() if value != DEFAULTS[name]}).decode()
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "RunOptions":
-        names = {item.name for item in fields(cls)}
-        known: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if name in names
-        }
-        return cls(**known)
-
-
-DEFAULTS = asdict(RunOptions())
-
-
-@dataclass(slots=True)
-class Run:
-    run_id: str
-    thread_id: str
-    owner: str
-    turn_id: str | None
-    status: RunStatus
-    attempt: int
-    first_attempt: int
-    cancel: Literal["interrupt", "rollback"] | None
-    input: Any
-    options: RunOptions
-    # {"response": str, "usage": {...}, "interrupts"?: [...]} of a success
-    result: dict[str, Any] | None
-    # {"code", "message", "status"} of an error, a timeout or an interruption
-    error: dict[str, Any] | None
-    created_at: datetime
-    updated_at: datetime
-    # False where an earlier submission with this turn id recorded it.
-    created: bool = True
-    # It made its thread, which is empty so far.
-    first: bool = False
-
-    @property
-    def final(self) -> bool:
-        return self.status in FINAL
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        return self.options.metadata
-
-
-@dataclass(slots=True)
-class Batch:
-    """Rows of the saver's tables, as columns: each dictionary is keyed so that no row comes twice in a statement."""
-
-    # (namespace, id) -> (parent, checkpoint, metadata)
-    checkpoints: dict[tuple[str, str], tuple[str | None, str, str]] = field(default_factory=dict)
-    # (namespace, channel, version) -> (type, blob)
-    blobs: dict[tuple[str, str, str], tuple[str, bytes | None]] = field(default_factory=dict)
-    # (namespace, checkpoint, task, index) -> (task path, channel, type, blob)
-    writes: dict[tuple[str, str, str, int], tuple[str, str, str, bytes]] = field(default_factory=dict)
-
-    def only(self) -> list[Any]:
-        """The one checkpoint and the one blob."""
-        [(checkpoint, stored)], [(blob, value)] = self.checkpoints.items(), self.blobs.items()
-        return [*checkpoint, *stored, *blob, *value]
-
-    def columns(self) -> list[list[Any]]:
-        c, b, w = self.checkpoints, self.blobs, self.writes
-        return [
-            [key[0] for key in c], [key[1] for key in c], *_columns(list(c.values()), 3),
-            [key[0] for key in b], [key[1] for key in b], [key[2] for key in b], *_columns(list(b.values()), 2),
-            [key[0] for key in w], [key[1] for key in w], [key[2] for key in w], [key[3] for key in w],
-            *_columns(list(w.values()), 4),
-        ]  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How an attempt ended."""
-
-    status: RunStatus
-    # None leaves it as it is.
-    thread_status: Literal["idle", "interrupted", "error"] | None
-    result: dict[str, Any] | None = None
-    error: dict[str, Any] | None = None
-
-
-class RunLost(Exception):
-    """The run is no longer this worker's: another one took it over, or it was deleted."""
-
-
-class Database:
-    """Statements that survive a Postgres which was restarted: none of the pool's connections may be alive then."""
-
-    def __init__(self, pool: Pool) -> None:
-        self.pool = pool
-
-    async def rows(self, query: LiteralString, parameters: Parameters = (), *, binary: bool = False) -> list[DictRow]:
-        """The rows, or StorageUnavailable within some seconds."""
-        return await bounded(self.run(query, parameters, binary=binary), LIMIT_SECONDS)
-
-    async def run(self, query: LiteralString, parameters: Parameters = (), *, binary: bool = False) -> list[DictRow]:
-        """The same without the bound, for callers with one of their own: it costs a task."""
-        error: psycopg.Error | None = None
-        started = time.monotonic()
-        for wait in RETRY_SECONDS:
-            left = started + ANSWER_SECONDS - time.monotonic() - wait
-            if error is not None and left < 0:
-                break
-            if wait:
-                await asyncio.sleep(wait)
-            try:
-                async with self.pool.connection(timeout=max(0.1, left)) as connection:
-                    cursor = await connection.execute(query, parameters, binary=binary)
-                    return await cursor.fetchall()
-            except psycopg.OperationalError as caught:
-                error = caught
-                # Where one connection died the others most likely did.
-                await self.pool.drain()
-            except psycopg.Error as caught:
-                error = caught
-                break
-        logger.error("the storage failed", extra={"error": reason(error)})
-        raise StorageUnavailable from error
-
-
-def reason(error: psycopg.Error | None) -> str:
-    """For the log. Where Postgres refuses what it was given, it quotes it."""
-    if isinstance(error, psycopg.DatabaseError) and not isinstance(error, psycopg.OperationalError):
-        return f"{type(error).__name__} {error.sqlstate}"
-    return f"{type(error).__name__}: {error}"
-
-
-async def bounded(work: Coroutine[Any, Any, Result], seconds: float) -> Result:
-    """What comes of it, or StorageUnavailable when the time is over.
-
-    It is cancelled then, but not waited for: a driver may take as long to give up a dead connection as that is dead.
-    """
-    task = asyncio.create_task(work)
-    try:
-        done, _ = await asyncio.wait({task}, timeout=seconds)
-    finally:
-        if not task.done():
-            task.cancel()
-            abandoned.add(task)
-            task.add_done_callback(_forget)
-    if not done:
-        raise StorageUnavailable
-    return task.result()
-
-
-abandoned: set[asyncio.Task[Any]] = set()
-
-
-def _forget(task: asyncio.Task[Any]) -> None:
-    abandoned.discard(task)
-    if not task.cancelled():
-        task.exception()  # seen, though nobody is left to see it
-
-
 RUN = (
     "run_id::text, thread_id, owner, turn_id, status, attempt, first_attempt, cancel, input, options, result, error,"
     " created_at, updated_at"
@@ -500,10 +302,6 @@ class Channel:
             except psycopg.Error as error:
                 logger.warning("not listening", extra={"error": type(error).__name__})
             await asyncio.sleep(0.1 if time.monotonic() - started > 5 else 1)
-
-
-def _columns(rows: Sequence[tuple[Any, ...]], width: int) -> list[list[Any]]:
-    return [[row[index] for row in rows] for index in range(width)]
 
 
 def _first(rows: Sequence[DictRow]) -> Run | None:

@@ -14,7 +14,9 @@ from psycopg.rows import DictRow
 
 from agent.errors import NotFound, ThreadExists
 from agent.runs._langgraph import CHECKPOINT_TABLES
-from agent.runs.ledger import Database, Finished, Ledger
+from agent.runs.ledger import Ledger
+from agent.runs.records import Finished
+from agent.storage.postgres import Database
 
 ThreadStatus = Literal["idle", "busy", "interrupted", "error"]
 SortBy = Literal["thread_id", "status", "created_at", "updated_at"]

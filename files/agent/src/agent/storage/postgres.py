@@ -1,16 +1,30 @@
-"""Connections to Postgres that notice when the server has gone."""
+"""Postgres: connections that notice when the server has gone, and statements that survive it."""
 
-from typing import Any
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import Any, LiteralString, TypeVar
 
 import orjson
-from psycopg import AsyncConnection, OperationalError
+from psycopg import AsyncConnection, DatabaseError, Error, OperationalError
 from psycopg.conninfo import make_conninfo
 from psycopg.rows import DictRow, dict_row
 from psycopg.types.json import set_json_dumps, set_json_loads
 from psycopg_pool import AsyncConnectionPool
 
+from agent.errors import StorageUnavailable
 from agent.settings import PostgresSettings
 
+logger = logging.getLogger(__name__)
+
+RETRY_SECONDS = (0.0, 0.05, 0.2, 0.5, 1.0)
+ANSWER_SECONDS = 4.0
+LIMIT_SECONDS = 8.0
+
+
+Parameters = Sequence[Any] | Mapping[str, Any]
+Result = TypeVar("Result")
 Pool = AsyncConnectionPool[AsyncConnection[DictRow]]
 
 # What the LangGraph saver expects of a connection (CREATE INDEX CONCURRENTLY needs autocommit).
@@ -68,3 +82,72 @@ def create_pool(settings: PostgresSettings, *, checked: bool = True) -> Pool:
         name="agent" if checked else "agent-unchecked",
     )
     return pool
+
+
+class Database:
+    """Statements that survive a Postgres which was restarted: none of the pool's connections may be alive then."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+
+    async def rows(self, query: LiteralString, parameters: Parameters = (), *, binary: bool = False) -> list[DictRow]:
+        """The rows, or StorageUnavailable within some seconds."""
+        return await bounded(self.run(query, parameters, binary=binary), LIMIT_SECONDS)
+
+    async def run(self, query: LiteralString, parameters: Parameters = (), *, binary: bool = False) -> list[DictRow]:
+        """The same without the bound, for callers with one of their own: it costs a task."""
+        error: Error | None = None
+        started = time.monotonic()
+        for wait in RETRY_SECONDS:
+            left = started + ANSWER_SECONDS - time.monotonic() - wait
+            if error is not None and left < 0:
+                break
+            if wait:
+                await asyncio.sleep(wait)
+            try:
+                async with self.pool.connection(timeout=max(0.1, left)) as connection:
+                    cursor = await connection.execute(query, parameters, binary=binary)
+                    return await cursor.fetchall()
+            except OperationalError as caught:
+                error = caught
+                # Where one connection died the others most likely did.
+                await self.pool.drain()
+            except Error as caught:
+                error = caught
+                break
+        logger.error("the storage failed", extra={"error": reason(error)})
+        raise StorageUnavailable from error
+
+
+def reason(error: Error | None) -> str:
+    """For the log. Where Postgres refuses what it was given, it quotes it."""
+    if isinstance(error, DatabaseError) and not isinstance(error, OperationalError):
+        return f"{type(error).__name__} {error.sqlstate}"
+    return f"{type(error).__name__}: {error}"
+
+
+async def bounded(work: Coroutine[Any, Any, Result], seconds: float) -> Result:
+    """What comes of it, or StorageUnavailable when the time is over.
+
+    It is cancelled then, but not waited for: a driver may take as long to give up a dead connection as that is dead.
+    """
+    task = asyncio.create_task(work)
+    try:
+        done, _ = await asyncio.wait({task}, timeout=seconds)
+    finally:
+        if not task.done():
+            task.cancel()
+            abandoned.add(task)
+            task.add_done_callback(_forget)
+    if not done:
+        raise StorageUnavailable
+    return task.result()
+
+
+abandoned: set[asyncio.Task[Any]] = set()
+
+
+def _forget(task: asyncio.Task[Any]) -> None:
+    abandoned.discard(task)
+    if not task.cancelled():
+        task.exception()  # seen, though nobody is left to see it
