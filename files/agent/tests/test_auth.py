@@ -95,12 +95,12 @@ async def serve(environ: dict[str, str], secret: str | None = PROXY_SECRET) -> A
     await pool.open()
     ring = KeyRing(pool)
     app = FastAPI()
-    app.state.authenticator = Authenticator(ring, SecretStr(secret) if secret else None)
+    authenticator = Authenticator(ring, SecretStr(secret) if secret else None)
 
     async def refuse(request: Request, error: ServiceError) -> Response:
         return error_response(error, request.state.request_id)
 
-    app.add_middleware(Authenticate, refuse=refuse)
+    app.add_middleware(Authenticate, authenticator=lambda: authenticator, refuse=refuse)
     app.add_middleware(Observe, metrics=Metrics())
 
     @app.get("/whoami")

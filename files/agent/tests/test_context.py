@@ -6,7 +6,8 @@ import pytest
 from langchain_core.messages import AIMessage, AnyMessage, HumanMessage, ToolMessage
 
 from agent.errors import ConversationTooLong
-from agent.llm.context import CUT, LEFT_OUT, count, fit, last_turn, turns
+from agent.llm.context import CUT, LEFT_OUT, fit, last_turn, turns
+from agent.tokens import count
 from graphs import Graph
 from servers import Model
 

@@ -17,10 +17,11 @@ from redis.exceptions import NoPermissionError
 
 from agent import rate_limit
 from agent.access.auth import Limits, Principal
-from agent.access.rate_limit import BUCKET, MINUTE, Account, RateLimiter, Rates, create_redis
+from agent.access.rate_limit import BUCKET, MINUTE, Account, RateLimiter, Rates
 from agent.errors import RateLimited
 from agent.metrics import Metrics
 from agent.settings import Settings
+from agent.storage.redis import create_redis
 from servers import AGENT, ODD_PASSWORD, REDIS_COMMANDS, Redis
 
 WORKER = """
@@ -28,7 +29,8 @@ import asyncio, json, os, sys
 from agent.access.auth import Principal
 from agent.errors import RateLimited
 from agent.metrics import Metrics
-from agent.access.rate_limit import RateLimiter, create_redis
+from agent.access.rate_limit import RateLimiter
+from agent.storage.redis import create_redis
 from agent.settings import Settings
 
 async def main(count):

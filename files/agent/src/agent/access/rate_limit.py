@@ -19,7 +19,7 @@ from uuid import uuid4
 
 import limits
 import orjson
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio import Redis
 from redis.commands.core import AsyncScript
 from redis.exceptions import RedisError
 
@@ -27,11 +27,11 @@ from agent.access.auth import Principal
 from agent.errors import RateLimited
 from agent.metrics import Metrics
 from agent.settings import Settings
+from agent.storage.redis import REDIS_SECONDS
 
 logger = logging.getLogger(__name__)
 
 KEY_PREFIX = "agent:rl"
-REDIS_SECONDS = 0.5
 RETRY_SECONDS = 1
 # Finished runs are told together, unless their principal is near a limit.
 FLUSH_SECONDS = 0.05
@@ -128,25 +128,6 @@ for i, text in ipairs(ARGV) do
 end
 return 0
 """
-
-
-def create_redis(settings: Settings) -> "Redis":
-    return Redis.from_pool(
-        BlockingConnectionPool(
-            host=settings.redis_host,
-            port=settings.redis_port,
-            username=settings.redis_user,
-            password=settings.redis_password.get_secret_value(),
-            max_connections=16,
-            timeout=REDIS_SECONDS,
-            socket_timeout=REDIS_SECONDS,
-            socket_connect_timeout=REDIS_SECONDS,
-            socket_keepalive=True,
-            # Keeps the commands to the few that the ACL allows.
-            protocol=2,
-            driver_info=None,
-        )
-    )
 
 
 def clock() -> int:

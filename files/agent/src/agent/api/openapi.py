@@ -1,6 +1,7 @@
 """The OpenAPI document: FastAPI's, plus what is true of every route and FastAPI cannot know."""
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 from fastapi import FastAPI
@@ -104,12 +105,10 @@ def allowed(app: FastAPI, path: str) -> list[str]:
     return []
 
 
+@lru_cache(maxsize=8)  # by identity: one application a process, and several in tests
 def names(app: FastAPI) -> frozenset[str]:
     """Every name that the document has for a field or parameter: those may be repeated to a client."""
-    if not hasattr(app.state, "names"):
-        app.state.names = frozenset(_names(describe(app)))
-    found: frozenset[str] = app.state.names
-    return found
+    return frozenset(_names(describe(app)))
 
 
 def _names(value: Any) -> Iterator[str]:

@@ -8,8 +8,8 @@ from langchain_core.messages import AIMessage, AIMessageChunk, message_chunk_to_
 from pydantic import ValidationError
 
 from agent.api.answers import sse
-from agent.runs.engine import Engine
 from agent.runs.events import Event
+from agent.runs.followers import Followers
 
 # Which events of a run a stream mode is made of.
 SOURCES = {
@@ -109,19 +109,19 @@ def _tell(event: Event, modes: Sequence[str], whole: WholeMessages | None, run_i
 
 
 async def stream(
-    engine: Engine, owner: str, run_id: str, modes: Sequence[str], after: int = 0
+    followers: Followers, owner: str, run_id: str, modes: Sequence[str], after: int = 0
 ) -> AsyncGenerator[bytes]:
     # Whole messages are made of their first pieces too, so those are read again.
     start = 0 if "messages" in modes else after
-    async with aclosing(engine.followers.events(owner, run_id, start)) as events:
+    async with aclosing(followers.events(owner, run_id, start)) as events:
         async for piece in translate(events, modes, run_id, after):
             yield piece
 
 
-async def last_values(engine: Engine, owner: str, run_id: str) -> dict[str, Any]:
+async def last_values(followers: Followers, owner: str, run_id: str) -> dict[str, Any]:
     """What a run left in its thread, for one that tells its values; or what went wrong."""
     values: dict[str, Any] = {}
-    async with aclosing(engine.followers.events(owner, run_id)) as events:
+    async with aclosing(followers.events(owner, run_id)) as events:
         async for event in events:
             if event.event == "values":
                 values = event.data

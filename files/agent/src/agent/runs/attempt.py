@@ -25,13 +25,13 @@ from langgraph.errors import EmptyInputError, GraphRecursionError
 from langgraph.types import Command
 
 from agent.errors import InvalidRequest, ModelFailed, TooManySteps
-from agent.llm import context
 from agent.llm.graph import Agent
 from agent.metrics import Metrics
 from agent.runs._langgraph import CHECKPOINTER, INTERRUPT, without_internal
 from agent.runs.checkpoints import RunSaver
 from agent.runs.events import EventLog, plain
 from agent.runs.records import Outcome, Run
+from agent.tokens import count, count_text
 
 logger = logging.getLogger(__name__)
 
@@ -95,8 +95,8 @@ class Attempt:
         tokens = self._used(messages)["total_tokens"]
         if self._writing is not None and self._writing not in {message.id for message in messages}:
             # Broken off before the model could say what it cost, but its client has read it.
-            shown = sum(context.count(message) for message in messages)
-            tokens += min(shown, window) + context.count_text(self._written)
+            shown = sum(count(message) for message in messages)
+            tokens += min(shown, window) + count_text(self._written)
         return tokens
 
     async def _load(self) -> CheckpointTuple | None:

@@ -16,10 +16,10 @@ import orjson
 from langchain_core.messages import BaseMessage
 from langgraph.types import Interrupt
 from pydantic import BaseModel
-from redis.asyncio import BlockingConnectionPool, Redis
 from redis.exceptions import RedisError
 
 from agent.settings import Settings
+from agent.storage.redis import create_redis
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class EventStreams:
     """The events of resumable runs in Redis, for the other workers."""
 
     def __init__(self, settings: Settings) -> None:
-        self._redis = _create_redis(settings)
+        self._redis = create_redis(settings, connections=MAX_READERS, seconds=WRITE_SECONDS, blocking=True)
         self._queue: deque[tuple[str, Event]] = deque()
         self._wake = asyncio.Event()
         self._writer: asyncio.Task[None] | None = None
@@ -169,25 +169,6 @@ class EventStreams:
 
 def _key(run_id: str) -> str:
     return f"{KEY_PREFIX}:{run_id}"
-
-
-def _create_redis(settings: Settings) -> "Redis":
-    return Redis.from_pool(
-        BlockingConnectionPool(
-            host=settings.redis_host,
-            port=settings.redis_port,
-            username=settings.redis_user,
-            password=settings.redis_password.get_secret_value(),
-            max_connections=MAX_READERS,
-            timeout=WRITE_SECONDS,
-            socket_connect_timeout=WRITE_SECONDS,
-            socket_keepalive=True,
-            # Keeps the commands to the few that the ACL allows.
-            protocol=2,
-            lib_name=None,
-            lib_version=None,
-        )
-    )
 
 
 def to_json(value: Any) -> bytes:
