@@ -22,7 +22,7 @@ from typing_extensions import TypedDict
 
 import agent
 from agent.runs import _langgraph
-from agent.runs.checkpoints import RunSaver, TurnSaver
+from agent.runs.checkpoints import RunSaver, ThreadSaver
 from agent.settings import PostgresSettings
 from agent.storage.postgres import Database, Pool, create_pool
 from servers import Model, Postgres, Redis, environment
@@ -100,7 +100,7 @@ def internal_prefix(_: Pool) -> None:
 
 
 def inline_version(_: Pool) -> None:
-    """A later form of a checkpoint may hold its values elsewhere: TurnSaver.read() must be looked at then."""
+    """A later form of a checkpoint may hold its values elsewhere: ThreadSaver.read() must be looked at then."""
     assert LATEST_VERSION == _langgraph.INLINE_VERSION
 
 
@@ -214,10 +214,10 @@ def migrations(pool: Pool) -> None:
 
 
 @asynccontextmanager
-async def opened(pool: Pool) -> AsyncIterator[TurnSaver]:
+async def opened(pool: Pool) -> AsyncIterator[ThreadSaver]:
     await pool.open()
     try:
-        yield TurnSaver(pool, Database(pool))
+        yield ThreadSaver(pool, Database(pool))
     finally:
         await pool.close()
 

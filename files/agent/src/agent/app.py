@@ -29,7 +29,7 @@ from agent.llm.graph import create_graph
 from agent.metrics import Metrics
 from agent.readiness import PROBE_SECONDS, Readiness, model_probe, postgres_probe, redis_probe
 from agent.retention import RetentionMetrics
-from agent.runs.checkpoints import TurnSaver
+from agent.runs.checkpoints import ThreadSaver
 from agent.runs.engine import Engine
 from agent.runs.events import EventStreams
 from agent.runs.ledger import Channel, Ledger
@@ -126,7 +126,7 @@ async def _start(settings: Settings, tools: Toolbox, metrics: Metrics, stack: As
     await stack.enter_async_context(serve_tools(settings, tools, metrics.registry))
     database = Database(unchecked)
     ledger = Ledger(database, str(uuid4()))
-    saver = TurnSaver(pool, database)
+    saver = ThreadSaver(pool, database)
     store = AsyncPostgresStore(cast(Any, pool))
     graph = create_graph(settings, tools, saver, store, tracing=tracing)
     limiter = RateLimiter(redis, settings, metrics)

@@ -79,7 +79,7 @@ async def chat_stream(request: Request) -> Response:
     """
     asked = await _read(request)
     run = await _submit(request, asked, RunOptions(stream=("tokens", "tools"), resumable=True, history="turn"))
-    return event_stream(_tell(services(request).followers, owner(request), run, 0))
+    return event_stream(_events(services(request).followers, owner(request), run, 0))
 
 
 @router.get("/chat/stream/{run_id}", response_class=Response, responses=EVENTS | {404: {}})
@@ -92,10 +92,10 @@ async def resume_chat_stream(request: Request, run_id: str) -> Response:
         raise NotFound
     run = await services(request).followers.get(owner(request), run_id)
     request.state.log = {"thread_id": run.thread_id, "run_id": run.run_id}
-    return event_stream(_tell(services(request).followers, owner(request), run, int(last)))
+    return event_stream(_events(services(request).followers, owner(request), run, int(last)))
 
 
-async def _tell(followers: Followers, caller: str, run: Run, after: int) -> AsyncGenerator[bytes]:
+async def _events(followers: Followers, caller: str, run: Run, after: int) -> AsyncGenerator[bytes]:
     failed = False
     if after < ATTEMPT:
         yield sse("run", {"run_id": run.run_id, "thread_id": run.thread_id})

@@ -81,14 +81,16 @@ async def translate(
     """
     whole = WholeMessages() if "messages" in modes else None
     async for event in events:
-        told = list(_tell(event, modes, whole, run_id))
+        translated = list(_translate(event, modes, whole, run_id))
         if event.id <= after:
             continue
-        for index, (name, data) in enumerate(told, 1):
-            yield sse(name, data, str(event.id) if index == len(told) else None)
+        for index, (name, data) in enumerate(translated, 1):
+            yield sse(name, data, str(event.id) if index == len(translated) else None)
 
 
-def _tell(event: Event, modes: Sequence[str], whole: WholeMessages | None, run_id: str) -> Sequence[tuple[str, Any]]:
+def _translate(
+    event: Event, modes: Sequence[str], whole: WholeMessages | None, run_id: str
+) -> Sequence[tuple[str, Any]]:
     kind, _, namespace = event.event.partition("|")
     match kind:
         case "metadata":

@@ -48,7 +48,7 @@ INLINE_VERSION = 4
 # SELECT_SQL is the saver's query for a checkpoint with its values and writes; the saver itself runs it on a connection
 # that it checks first, at the cost of a round trip.
 # WRITES_IDX_MAP gives the fixed indexes of errors and interrupts among a task's writes, as they must be stored.
-# A saver's `with_allowlist` is called at the start of each run; TurnSaver and RunSaver replace it, and copy nothing.
+# A saver's `with_allowlist` is called at the start of each run; ThreadSaver and RunSaver replace it, and copy nothing.
 # PRUNE_DELTA_THREADS_SQL finds the threads whose state is the sum of all their checkpoints: no history can go there.
 
 # The saver's tables and their columns besides thread_id. A thread is copied by them.

@@ -74,11 +74,11 @@ class Attempt:
             before = before[: before.index(self._run.run_id)]
         self._before = frozenset(before)
         if self._run.attempt > 1:
-            self._log.add("status", {"state": "restarted"})
+            self._log.publish("status", {"state": "restarted"})
         graph_input = None if taken_up else self._input(loaded, messages)
         try:
             async for mode, data, namespace in self._stream(graph_input):
-                self._tell(mode, data, namespace)
+                self._publish(mode, data, namespace)
         except GraphRecursionError:
             raise TooManySteps from None
         except EmptyInputError:
@@ -178,12 +178,12 @@ class Attempt:
                 namespace, (mode, data) = (), item
             yield mode, data, namespace
 
-    def _tell(self, mode: str, data: Any, namespace: tuple[str, ...]) -> None:
+    def _publish(self, mode: str, data: Any, namespace: tuple[str, ...]) -> None:
         wanted = self._run.options.stream
         if mode == "messages":
             chunk, metadata = data
             if "messages" in wanted:
-                self._log.add(_name("messages", namespace), [chunk, without_internal(metadata)])
+                self._log.publish(_name("messages", namespace), [chunk, without_internal(metadata)])
             if isinstance(chunk, AIMessageChunk | AIMessage) and (text := chunk.text):
                 if self._writing != chunk.id:
                     self._writing, self._written = chunk.id, ""
@@ -192,13 +192,13 @@ class Attempt:
                     self._spoke = True
                     self._metrics.first_token_seconds.observe(time.monotonic() - self._started)
                 if "tokens" in wanted and not namespace:
-                    self._log.add("token", {"text": str(text)})
+                    self._log.publish("token", {"text": str(text)})
             return
         kind = data.get("type") if mode == "custom" and isinstance(data, dict) else None
         if kind == "status" or (kind == "tool" and "tools" in wanted):
-            self._log.add(kind, {name: value for name, value in data.items() if name != "type"})
+            self._log.publish(kind, {name: value for name, value in data.items() if name != "type"})
         if mode in wanted:
-            self._log.add(_name(mode, namespace), data)
+            self._log.publish(_name(mode, namespace), data)
 
     def _outcome(self) -> Outcome:
         messages: list[AnyMessage] = self._saver.values.get("messages", [])

@@ -81,19 +81,19 @@ class Board:
     @contextlib.contextmanager
     def listening(self, run_id: str) -> Iterator[asyncio.Event]:
         """An event that is set when the run comes to run here, and for those who watch it when it has ended."""
-        told = asyncio.Event()
-        self._waiting.setdefault(run_id, set()).add(told)
+        news = asyncio.Event()
+        self._waiting.setdefault(run_id, set()).add(news)
         try:
-            yield told
+            yield news
         finally:
-            self._waiting[run_id].discard(told)
+            self._waiting[run_id].discard(news)
             if not self._waiting[run_id]:
                 del self._waiting[run_id]
 
     def wake(self, run_id: str) -> None:
         """There is news of the run."""
-        for told in self._waiting.get(run_id, ()):
-            told.set()
+        for news in self._waiting.get(run_id, ()):
+            news.set()
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
         """Work that nobody waits for. The engine does, for a moment, when it closes."""

@@ -46,7 +46,7 @@ Save = Callable[[Batch], Awaitable[None]]
 Kept = tuple[str, str, str | None, Checkpoint, CheckpointMetadata, ChannelVersions]
 
 
-class TurnSaver(AsyncPostgresSaver):
+class ThreadSaver(AsyncPostgresSaver):
     """The saver of everything outside a run, and the reader and the serializer of all runs."""
 
     def __init__(self, pool: Pool, database: Database) -> None:
@@ -94,7 +94,7 @@ class RunSaver(BaseCheckpointSaver[str]):
 
     def __init__(
         self,
-        saver: TurnSaver,
+        saver: ThreadSaver,
         run_id: str,
         metadata: dict[str, Any],
         save: Save,

@@ -22,7 +22,7 @@ from agent.llm.graph import Agent
 from agent.metrics import Metrics
 from agent.runs._langgraph import CHECKPOINTER, without_internal
 from agent.runs.board import Board
-from agent.runs.checkpoints import TurnSaver
+from agent.runs.checkpoints import ThreadSaver
 from agent.runs.events import EventStreams
 from agent.runs.followers import Followers
 from agent.runs.ledger import Channel, Ledger
@@ -40,7 +40,7 @@ class Engine:
         self,
         settings: Settings,
         graph: Agent,
-        saver: TurnSaver,
+        saver: ThreadSaver,
         ledger: Ledger,
         streams: EventStreams,
         channel: Callable[[Callable[[str], None]], Channel],

@@ -31,13 +31,13 @@ class Followers:
         return run
 
     async def events(self, owner: str, run_id: str, after: int = 0) -> AsyncGenerator[Event]:
-        """What the run told after this event, and then what it tells; ends with the run. Raises NotFound."""
+        """What the run published after this event, and then what it publishes; ends with the run. Raises NotFound."""
         run: Run | None = None
-        with self._board.listening(run_id) as told:
+        with self._board.listening(run_id) as news:
             while True:
-                told.clear()
+                news.clear()
                 if (log := self._board.log_of(owner, run_id)) is not None and log.reaches(after):
-                    async for event in log.follow(after):
+                    async for event in log.subscribe(after):
                         after = event.id
                         yield event
                         if event.event == "end":
@@ -56,7 +56,7 @@ class Followers:
                 if not (waits or run.options.resumable):
                     break
                 try:
-                    while events := await self._read_streams(run_id, after, told):
+                    while events := await self._read_streams(run_id, after, news):
                         for event in events:
                             if event.id not in (after + 1, event.id // ATTEMPT * ATTEMPT + 1):
                                 raise _Gap
@@ -71,7 +71,7 @@ class Followers:
                         break
                     # Nothing is missed before it runs, and it may come to run here.
                     with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(told.wait(), POLL_SECONDS)
+                        await asyncio.wait_for(news.wait(), POLL_SECONDS)
                 else:
                     if run.final:
                         break
@@ -79,16 +79,16 @@ class Followers:
         for number, (name, data) in enumerate(last_words(run), after + 1):
             yield Event(number, name, data)
 
-    async def _read_streams(self, run_id: str, after: int, told: asyncio.Event) -> list[Event]:
-        """What other workers told; nothing after a second of silence, or when there is news of the run."""
-        read, news = asyncio.create_task(self._streams.read(run_id, after)), asyncio.create_task(told.wait())
+    async def _read_streams(self, run_id: str, after: int, news: asyncio.Event) -> list[Event]:
+        """What other workers broadcast; nothing after a second of silence, or when there is news of the run."""
+        read, woken = asyncio.create_task(self._streams.read(run_id, after)), asyncio.create_task(news.wait())
         try:
-            await asyncio.wait({read, news}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({read, woken}, return_when=asyncio.FIRST_COMPLETED)
             return read.result() if read.done() else []
         finally:
             read.cancel()
-            news.cancel()
-            await asyncio.gather(read, news, return_exceptions=True)
+            woken.cancel()
+            await asyncio.gather(read, woken, return_exceptions=True)
 
     async def _end_of(self, owner: str, run: Run) -> Run:
         try:
@@ -111,7 +111,7 @@ class Followers:
             done = await asyncio.shield(active.done)
             if done is not None:
                 return done
-        with self._board.listening(run_id) as told:
+        with self._board.listening(run_id) as news:
             run = await self._ledger.watch(run_id)
             while True:
                 if run is None or run.owner != owner:
@@ -126,7 +126,7 @@ class Followers:
                             done = await asyncio.shield(active.done)
                             if done is not None:
                                 return done
-                        await told.wait()
+                        await news.wait()
                 with contextlib.suppress(StorageUnavailable):
                     run = await self._ledger.find(run_id)
 

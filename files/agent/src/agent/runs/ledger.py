@@ -390,7 +390,7 @@ WITH mine AS (
     RETURNING thread_id, run_id, watched
 ),"""
 
-TELL: LiteralString = f"""
+NOTIFY: LiteralString = f"""
 t AS (
     UPDATE threads SET status = coalesce(%s, threads.status), updated_at = now(), last_active = now()
     FROM mine WHERE threads.thread_id = mine.thread_id
@@ -400,8 +400,8 @@ SELECT EXISTS (SELECT FROM mine) AS mine, now() AS now, (SELECT count(*) FROM to
     EXISTS (SELECT FROM runs WHERE thread_id = %s AND status = 'pending') AS more
 """
 
-FINISH: LiteralString = f"{END}{STORE},{TELL}"
-FINISH_ONE: LiteralString = f"{END}{STORE_ONE},{TELL}"
+FINISH: LiteralString = f"{END}{STORE},{NOTIFY}"
+FINISH_ONE: LiteralString = f"{END}{STORE_ONE},{NOTIFY}"
 
 # A blob goes with the last checkpoint that has its version of a channel.
 ROLL_BACK: LiteralString = """

@@ -16,8 +16,8 @@ from agent.llm.graph import Agent
 from agent.metrics import Metrics
 from agent.runs.attempt import Attempt
 from agent.runs.board import ActiveRun, Board
-from agent.runs.checkpoints import RunSaver, TurnSaver
-from agent.runs.events import Event, EventLog, EventStreams
+from agent.runs.checkpoints import RunSaver, ThreadSaver
+from agent.runs.events import BroadcastLog, EventLog, EventStreams
 from agent.runs.ledger import Ledger
 from agent.runs.records import Batch, Finished, Outcome, Run, RunLost, describe_failure, last_words
 from agent.settings import Settings
@@ -36,7 +36,7 @@ class Runner:
         self,
         settings: Settings,
         graph: Agent,
-        saver: TurnSaver,
+        saver: ThreadSaver,
         board: Board,
         ledger: Ledger,
         streams: EventStreams,
@@ -119,7 +119,9 @@ class Runner:
     async def _attempt(self, active: ActiveRun) -> Run | None:
         run = active.run
         if run.options.stream:
-            self._tell(active, "metadata", {"run_id": run.run_id, "thread_id": run.thread_id, "attempt": run.attempt})
+            self._publish(
+                active, "metadata", {"run_id": run.run_id, "thread_id": run.thread_id, "attempt": run.attempt}
+            )
         saver = self.saver(run)
         attempt = Attempt(
             run, self._graph, saver, self._config(active), frozenset(self._tools()), self._log(active), self._metrics
@@ -139,7 +141,7 @@ class Runner:
         spent = attempt.spent(self._settings.context_tokens)
         if run.options.stream:
             for event, data in last_words(run):
-                self._tell(active, event, data)
+                self._publish(active, event, data)
         if run.options.on_completion == "delete":
             self._board.spawn(self._delete_thread(run))
         if self._finished is not None:
@@ -254,23 +256,10 @@ class Runner:
     def _log(self, active: ActiveRun) -> EventLog:
         if not active.run.options.resumable:
             return active.log
-        return _Teller(active.log, lambda event: self._streams.put(active.run.run_id, event))
+        return BroadcastLog(active.log, self._streams, active.run.run_id)
 
-    def _tell(self, active: ActiveRun, event: str, data: Any) -> None:
-        self._log(active).add(event, data)
-
-
-class _Teller(EventLog):
-    """The same log, and each event goes to the other workers as well."""
-
-    def __init__(self, log: EventLog, put: Callable[[Event], None]) -> None:
-        self._inner = log
-        self._put = put
-
-    def add(self, event: str, data: Any) -> Event:
-        added = self._inner.add(event, data)
-        self._put(added)
-        return added
+    def _publish(self, active: ActiveRun, event: str, data: Any) -> None:
+        self._log(active).publish(event, data)
 
 
 def _is_permanent(error: StorageUnavailable) -> bool:
