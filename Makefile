@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help venv engine demo demo-clean test lint unit agent-test promtool-test molecule molecule-swap molecule-hosts molecule-nvidia system-test bench-agent bench-swap bench-rows bench-retention drill-agent pin-images record-vllm lock clean
+.PHONY: help venv engine demo demo-clean test lint unit agent-test promtool-test molecule molecule-swap molecule-hosts molecule-nvidia system-test bench-agent bench-swap bench-rows bench-retention drill-agent pin-images record-vllm agent-settings lock clean
 
 PYTHON ?= python3
 # The agent is tested and measured with the distribution's Python, an optimised build, as the image has it, where that is new enough.
@@ -124,6 +124,10 @@ pin-images: venv
 ## make record-vllm   read the pinned vLLM's parsers and architectures from its wheels; after every change of its version
 record-vllm: venv
 	$(BIN)/python tools/record_vllm.py
+
+## make agent-settings  write what the role agent checks, passes on and documents again; after every change of settings.py
+agent-settings: venv
+	python tools/agent_settings.py write
 
 ## make lock          write the lock files again from their .in files
 lock: venv

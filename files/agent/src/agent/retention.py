@@ -25,10 +25,9 @@ import psycopg
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from psycopg.rows import dict_row
-from pydantic import Field
 
 from agent.runs._langgraph import PRUNE_DELTA_THREADS_SQL
-from agent.settings import PostgresSettings, SettingsError
+from agent.settings import PostgresSettings, RetentionSettings, SettingsError
 from agent.storage.postgres import Pool, conninfo
 
 LOCK = 0x72657461696E  # "retain"
@@ -41,11 +40,6 @@ METRICS_SECONDS = 15
 KINDS = ("threads", "pruned_threads", "runs", "checkpoints", "writes", "blobs")
 
 Connection = psycopg.Connection[dict[str, Any]]
-
-
-class RetentionSettings(PostgresSettings):
-    retention_days: int = Field(30, ge=0, le=36_500, description="a whole number from 0 (never) to 36500")
-    retention_checkpoints: int = Field(20, ge=0, le=100_000, description="a whole number from 0 (all) to 100000")
 
 
 START: dict[str, Any] = {"active": datetime(1970, 1, 1, tzinfo=UTC), "thread": ""}

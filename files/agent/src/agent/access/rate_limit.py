@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import limits
 import orjson
 from redis.asyncio import Redis
 from redis.commands.core import AsyncScript
@@ -26,7 +25,7 @@ from redis.exceptions import RedisError
 from agent.access.auth import Principal
 from agent.errors import RateLimited
 from agent.metrics import Metrics
-from agent.settings import Settings
+from agent.settings import Settings, rate
 from agent.storage.redis import REDIS_SECONDS
 
 logger = logging.getLogger(__name__)
@@ -209,10 +208,8 @@ class Account:
 
 class RateLimiter:
     def __init__(self, redis: "Redis", settings: Settings, metrics: Metrics) -> None:
-        item = limits.parse(settings.rate_limit)
-        self._default = Rates(
-            item.amount, item.get_expiry() * 1000, settings.tokens_per_minute, settings.concurrent_runs
-        )
+        requests, seconds = rate(settings.rate_limit)
+        self._default = Rates(requests, seconds * 1000, settings.tokens_per_minute, settings.concurrent_runs)
         self._lease = max(MIN_LEASE, 3000 * math.ceil(settings.turn_timeout_seconds))
         self._admit_script = redis.register_script(ADMIT)
         self._report_script = redis.register_script(REPORT)
