@@ -21,7 +21,8 @@ from typing_extensions import TypedDict
 
 from agent.errors import TooManySteps, TurnTimeout
 from agent.llm import context
-from agent.llm.model import TURN, ChatModel, ContextOverflow, Turn, create_model
+from agent.llm.model import ChatModel, ContextOverflow, create_model
+from agent.llm.turn import TURN, Turn
 from agent.settings import Settings
 from agent.tokens import TOKENS_PER_MESSAGE, count_text
 from agent.tools.calls import ToolCalls
