@@ -17,13 +17,13 @@ from fastapi import Depends, FastAPI, Request, Response
 from pydantic import SecretStr
 
 from agent import auth
-from agent.auth import KEY, Authenticate, Authenticator, KeyRing, Limits, Principal, authenticate
-from agent.database import create_pool
+from agent.access.auth import KEY, Authenticate, Authenticator, KeyRing, Limits, Principal, authenticate
+from agent.api.middleware import Observe, error_response
 from agent.errors import ServiceError
 from agent.keys import main
 from agent.metrics import Metrics
-from agent.middleware import Observe, error_response
 from agent.settings import Settings
+from agent.storage.postgres import create_pool
 from servers import PROXY_SECRET, Model, Postgres, Redis, environment
 
 ASK = "ask_ci_" + "x" * 43
@@ -95,12 +95,12 @@ async def serve(environ: dict[str, str], secret: str | None = PROXY_SECRET) -> A
     await pool.open()
     ring = KeyRing(pool)
     app = FastAPI()
-    app.state.authenticator = Authenticator(ring, SecretStr(secret) if secret else None)
+    authenticator = Authenticator(ring, SecretStr(secret) if secret else None)
 
     async def refuse(request: Request, error: ServiceError) -> Response:
         return error_response(error, request.state.request_id)
 
-    app.add_middleware(Authenticate, refuse=refuse)
+    app.add_middleware(Authenticate, authenticator=lambda: authenticator, refuse=refuse)
     app.add_middleware(Observe, metrics=Metrics())
 
     @app.get("/whoami")

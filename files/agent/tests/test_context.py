@@ -5,8 +5,9 @@ import random
 import pytest
 from langchain_core.messages import AIMessage, AnyMessage, HumanMessage, ToolMessage
 
-from agent.context import CUT, LEFT_OUT, count, fit, last_turn, turns
 from agent.errors import ConversationTooLong
+from agent.llm.context import CUT, LEFT_OUT, fit, last_turn, turns
+from agent.tokens import count
 from graphs import Graph
 from servers import Model
 

@@ -19,7 +19,8 @@ from langchain_openai import ChatOpenAI
 from pydantic import SecretStr
 
 from agent.errors import ModelFailed, ModelUnavailable
-from agent.model import TURN, ChatModel, ContextOverflow, Turn, create_model
+from agent.llm.model import ChatModel, ContextOverflow, create_model
+from agent.llm.turn import TURN, Turn
 from agent.settings import Settings
 from servers import Model, find_program, free_port
 
@@ -475,7 +476,7 @@ class TestFailures:
 
     @pytest.mark.parametrize("stream", [False, True])
     def test_endless_answers_are_cut_off(self, stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("agent.model.MAX_ANSWER_BYTES", 1 << 20)
+        monkeypatch.setattr("agent.llm.answers.MAX_ANSWER_BYTES", 1 << 20)
 
         async def script(number: int, request: dict[str, Any], write: Write) -> None:
             await write(SSE_HEAD)
@@ -529,7 +530,7 @@ class TestFailures:
             always(error("400 Bad Request", "the user said: canary")),
             lambda server: _fails(model(server.url).ainvoke(ASK), ModelFailed),
         )
-        assert next(record.__dict__ for record in caplog.records if record.name == "agent.model")["status"] == 400
+        assert next(record.__dict__ for record in caplog.records if record.name == "agent.llm.model")["status"] == 400
         assert "canary" not in str([vars(record) for record in caplog.records])
 
 

@@ -20,9 +20,9 @@ from langgraph.store.postgres.aio import AsyncPostgresStore
 from redis import Redis as RedisClient
 from redis.exceptions import NoPermissionError
 
+from agent.api.middleware import Observe
 from agent.logs import JsonFormatter
 from agent.metrics import Metrics
-from agent.middleware import Observe
 from agent.migrate import migrations
 from sdk import connect
 from servers import AGENT, ODD_PASSWORD, Agent, Model, Postgres, Redis, environment, free_port, migrate, wait_until

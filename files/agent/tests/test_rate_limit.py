@@ -16,19 +16,21 @@ from redis import Redis as RedisClient
 from redis.exceptions import NoPermissionError
 
 from agent import rate_limit
-from agent.auth import Limits, Principal
+from agent.access.auth import Limits, Principal
+from agent.access.rate_limit import BUCKET, MINUTE, Account, RateLimiter, Rates
 from agent.errors import RateLimited
 from agent.metrics import Metrics
-from agent.rate_limit import BUCKET, MINUTE, Account, RateLimiter, Rates, create_redis
 from agent.settings import Settings
+from agent.storage.redis import create_redis
 from servers import AGENT, ODD_PASSWORD, REDIS_COMMANDS, Redis
 
 WORKER = """
 import asyncio, json, os, sys
-from agent.auth import Principal
+from agent.access.auth import Principal
 from agent.errors import RateLimited
 from agent.metrics import Metrics
-from agent.rate_limit import RateLimiter, create_redis
+from agent.access.rate_limit import RateLimiter
+from agent.storage.redis import create_redis
 from agent.settings import Settings
 
 async def main(count):

@@ -20,8 +20,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from psycopg.rows import dict_row
 
 from agent import retention
-from agent.database import conninfo, create_pool
 from agent.retention import Retention, RetentionMetrics, RetentionSettings
+from agent.storage.postgres import conninfo, create_pool
 from servers import ODD_PASSWORD, Model, Postgres, Redis, environment, migrate
 
 TABLES = ("threads", "runs", "checkpoints", "checkpoint_writes", "checkpoint_blobs")

@@ -8,8 +8,8 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from agent.database import conninfo
 from agent.settings import Settings, SettingsError, rate, up_to
+from agent.storage.postgres import conninfo
 from servers import AGENT, ODD_PASSWORD
 
 

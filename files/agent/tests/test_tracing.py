@@ -119,6 +119,6 @@ def test_off_is_free() -> None:
         assert span is None
     tracing.close()
     # Other packages import parts of the SDK, but only an exporter sends anything.
-    program = "import sys, agent.graph; print([name for name in sys.modules if 'opentelemetry.exporter' in name])"
+    program = "import sys, agent.llm.graph; print([name for name in sys.modules if 'opentelemetry.exporter' in name])"
     run = subprocess.run([sys.executable, "-c", program], cwd=AGENT / "src", capture_output=True, text=True)
     assert run.stdout.strip() == "[]", run.stderr

@@ -16,9 +16,9 @@ import psycopg
 from psycopg.rows import dict_row
 from psycopg.sql import SQL, Identifier
 
-from agent.auth import KEY, KEY_NAME, KEY_PREFIX, key_hash
-from agent.database import conninfo
+from agent.access.auth import KEY, KEY_NAME, KEY_PREFIX, key_hash
 from agent.settings import PostgresSettings, SettingsError
+from agent.storage.postgres import conninfo
 
 # Each limit's largest value, as the table has it.
 LIMITS = {"requests_per_minute": 100_000, "tokens_per_minute": 100_000_000, "concurrent_runs": 10_000}

@@ -16,8 +16,9 @@ from langgraph.checkpoint.postgres.aio import AsyncPostgresSaver
 from langgraph.store.postgres.aio import AsyncPostgresStore
 from psycopg.rows import DictRow
 
-from agent.database import SAVER_CONNECTION, conninfo
+from agent.runs._langgraph import MIGRATIONS
 from agent.settings import PostgresSettings, SettingsError
+from agent.storage.postgres import SAVER_CONNECTION, conninfo
 
 WAIT_SECONDS = 60
 LOCK = 0x6167656E74  # "agent"
@@ -38,11 +39,7 @@ async def missing(connection: psycopg.AsyncConnection[DictRow]) -> list[str]:
     row = await cursor.fetchone()
     assert row is not None  # noqa: S101  a query without FROM has one row
     absent = sorted(migrations().keys() - set(row["own"] or ()))
-    if row["saver"] < len(AsyncPostgresSaver.MIGRATIONS):
-        absent.append("saver")
-    if row["store"] < len(AsyncPostgresStore.MIGRATIONS):
-        absent.append("store")
-    return absent
+    return absent + [name for name, count in MIGRATIONS.items() if row[name] < count]
 
 
 async def migrate(settings: PostgresSettings) -> int:

@@ -22,13 +22,13 @@ from datetime import UTC, datetime
 from typing import Any, LiteralString
 
 import psycopg
-from langgraph.checkpoint.postgres.base import PRUNE_DELTA_THREADS_SQL
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from psycopg.rows import dict_row
 
-from agent.database import Pool, conninfo
+from agent.runs._langgraph import PRUNE_DELTA_THREADS_SQL
 from agent.settings import PostgresSettings, RetentionSettings, SettingsError
+from agent.storage.postgres import Pool, conninfo
 
 LOCK = 0x72657461696E  # "retain"
 BATCH_THREADS = 200

@@ -9,7 +9,7 @@ import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from agent.events import plain
+from agent.runs.events import plain
 
 # How the documents describe a stream: each of its events is one of these.
 EVENTS: dict[int | str, dict[str, Any]] = {

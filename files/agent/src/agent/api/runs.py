@@ -34,8 +34,9 @@ from agent.api.schemas import (
 )
 from agent.api.threads import check_checkpoint, config_of, text_of
 from agent.errors import InvalidRequest, MessageExists, NotFound, NothingWaits, ServiceError, StorageUnavailable
-from agent.runs import Engine, RunInput, RunOptions, describe_failure
-from agent.runs import Run as StoredRun
+from agent.runs.records import Run as StoredRun
+from agent.runs.records import RunInput, RunOptions, describe_failure
+from agent.services import services
 from agent.tools.approval import check_answer
 
 router = APIRouter(tags=["runs"], route_class=JsonRoute)
@@ -88,7 +89,7 @@ async def list_runs(
     select: Annotated[list[RunField] | None, Query()] = None,
 ) -> Json:
     """Newest first."""
-    runs = await _engine(request).list(owner(request), thread_id, limit, offset, status)
+    runs = await services(request).engine.list(owner(request), thread_id, limit, offset, status)
     return Json([pick(describe_run(run), select) for run in runs])
 
 
@@ -101,7 +102,7 @@ async def get_run(request: Request, thread_id: ThreadPath, run_id: RunPath) -> J
 async def delete_run(request: Request, thread_id: ThreadPath, run_id: RunPath) -> Response:
     """Forget a run that has ended. What was said stays in the thread."""
     await _find(request, thread_id, run_id)
-    await _engine(request).delete(owner(request), str(run_id))
+    await services(request).engine.delete(owner(request), str(run_id))
     return Response(status_code=204)
 
 
@@ -134,7 +135,7 @@ async def cancel_run(
 ) -> Response:
     """Stop a run. `rollback` also deletes it, and what it put into the thread."""
     await _find(request, thread_id, run_id)
-    await _engine(request).cancel(owner(request), str(run_id), wait=wait, rollback=action == "rollback")
+    await services(request).engine.cancel(owner(request), str(run_id), wait=wait, rollback=action == "rollback")
     return Response(status_code=204)
 
 
@@ -144,7 +145,7 @@ async def cancel_runs(request: Request, asked: RunsCancel, action: CancelAction 
     for run_id in asked.run_ids:
         await _find(request, asked.thread_id, run_id)
     for run_id in asked.run_ids:
-        await _engine(request).cancel(owner(request), run_id, rollback=action == "rollback")
+        await services(request).engine.cancel(owner(request), run_id, rollback=action == "rollback")
     return Response(status_code=204)
 
 
@@ -173,13 +174,8 @@ async def stream_stateless_run(request: Request, asked: StatelessRunCreate, turn
 # How it is done
 
 
-def _engine(request: Request) -> Engine:
-    engine: Engine = request.app.state.engine
-    return engine
-
-
 async def _find(request: Request, thread_id: str, run_id: UUID | str) -> StoredRun:
-    run = await _engine(request).get(owner(request), str(run_id))
+    run = await services(request).followers.get(owner(request), str(run_id))
     if run.thread_id != thread_id:
         raise NotFound("There is no such run.")
     request.state.log = {"thread_id": run.thread_id, "run_id": run.run_id}
@@ -267,12 +263,12 @@ async def _check_state(request: Request, thread_id: str, run_input: RunInput, ch
     if not (resumes or ids or checkpoint_id):
         return
     try:
-        await request.app.state.threads.get(owner(request), thread_id)
+        await services(request).threads.get(owner(request), thread_id)
     except NotFound:
         if resumes or checkpoint_id:
             raise
         return
-    state = await request.app.state.graph.aget_state(config_of(thread_id, checkpoint_id))
+    state = await services(request).graph.aget_state(config_of(thread_id, checkpoint_id))
     if checkpoint_id and state.created_at is None:
         raise NotFound("There is no such checkpoint.")
     if resumes and not state.interrupts:
@@ -290,7 +286,7 @@ def _is_approval(question: Any) -> bool:
 
 def messages(request: Request, given: UserMessages) -> list[dict[str, Any]]:
     """The messages as the engine takes them. Raises InvalidRequest where one is too long."""
-    longest: int = request.app.state.settings.max_message_chars
+    longest: int = services(request).settings.max_message_chars
     listed = [_message(message) for message in (given if isinstance(given, list) else [given])]
     if any(len(message["content"]) > longest for message in listed):
         raise InvalidRequest(f"messages: each must have at most {longest} characters.")
@@ -334,7 +330,7 @@ def _stream(
     # The client asks there again with no word on the modes, so they are in the address.
     location = f"{_path(run)}/stream?{urlencode([('stream_mode', mode) for mode in modes])}"
     return event_stream(
-        streams.stream(_engine(request), owner(request), run.run_id, modes, after),
+        streams.stream(services(request).followers, owner(request), run.run_id, modes, after),
         {"Location": location, "Content-Location": _path(run)},
         canceller(request, run) if cancel else None,
     )
@@ -360,8 +356,8 @@ async def _outcome(request: Request, run: StoredRun) -> Any:
     """What the run left in the thread. An error has no status here: the answer has begun long ago."""
     try:
         if run.options.on_completion == "delete":
-            return await streams.last_values(_engine(request), owner(request), run.run_id)
-        ended = await _engine(request).wait(owner(request), run.run_id)
+            return await streams.last_values(services(request).followers, owner(request), run.run_id)
+        ended = await services(request).followers.wait(owner(request), run.run_id)
         if ended.error:
             return {"__error__": streams.describe_error(ended.error)}
         return await _values(request, ended)
@@ -374,7 +370,7 @@ async def _outcome(request: Request, run: StoredRun) -> Any:
 
 async def _values(request: Request, run: StoredRun) -> dict[str, Any]:
     """The thread as this run left it, whatever came after."""
-    graph, config = request.app.state.graph, config_of(run.thread_id)
+    graph, config = services(request).graph, config_of(run.thread_id)
     states = [state async for state in graph.aget_state_history(config, filter={"run_id": run.run_id}, limit=1)]
     state = states[0] if states else await graph.aget_state(config)  # it had nothing to do
     return {**state.values, **({"__interrupt__": state.interrupts} if state.interrupts else {})}

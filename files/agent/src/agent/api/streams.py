@@ -8,8 +8,8 @@ from langchain_core.messages import AIMessage, AIMessageChunk, message_chunk_to_
 from pydantic import ValidationError
 
 from agent.api.answers import sse
-from agent.events import Event
-from agent.runs import Engine
+from agent.runs.events import Event
+from agent.runs.followers import Followers
 
 # Which events of a run a stream mode is made of.
 SOURCES = {
@@ -81,14 +81,16 @@ async def translate(
     """
     whole = WholeMessages() if "messages" in modes else None
     async for event in events:
-        told = list(_tell(event, modes, whole, run_id))
+        translated = list(_translate(event, modes, whole, run_id))
         if event.id <= after:
             continue
-        for index, (name, data) in enumerate(told, 1):
-            yield sse(name, data, str(event.id) if index == len(told) else None)
+        for index, (name, data) in enumerate(translated, 1):
+            yield sse(name, data, str(event.id) if index == len(translated) else None)
 
 
-def _tell(event: Event, modes: Sequence[str], whole: WholeMessages | None, run_id: str) -> Sequence[tuple[str, Any]]:
+def _translate(
+    event: Event, modes: Sequence[str], whole: WholeMessages | None, run_id: str
+) -> Sequence[tuple[str, Any]]:
     kind, _, namespace = event.event.partition("|")
     match kind:
         case "metadata":
@@ -109,19 +111,19 @@ def _tell(event: Event, modes: Sequence[str], whole: WholeMessages | None, run_i
 
 
 async def stream(
-    engine: Engine, owner: str, run_id: str, modes: Sequence[str], after: int = 0
+    followers: Followers, owner: str, run_id: str, modes: Sequence[str], after: int = 0
 ) -> AsyncGenerator[bytes]:
     # Whole messages are made of their first pieces too, so those are read again.
     start = 0 if "messages" in modes else after
-    async with aclosing(engine.events(owner, run_id, start)) as events:
+    async with aclosing(followers.events(owner, run_id, start)) as events:
         async for piece in translate(events, modes, run_id, after):
             yield piece
 
 
-async def last_values(engine: Engine, owner: str, run_id: str) -> dict[str, Any]:
+async def last_values(followers: Followers, owner: str, run_id: str) -> dict[str, Any]:
     """What a run left in its thread, for one that tells its values; or what went wrong."""
     values: dict[str, Any] = {}
-    async with aclosing(engine.events(owner, run_id)) as events:
+    async with aclosing(followers.events(owner, run_id)) as events:
         async for event in events:
             if event.event == "values":
                 values = event.data

@@ -4,11 +4,11 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping
 
-import httpx
 from langchain_core.tools import BaseTool
 from langchain_mcp_adapters.client import MultiServerMCPClient
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
+from agent.http_client import create_client
 from agent.metrics import gauge
 from agent.tools.plugins import TOOL_NAME
 from agent.tools.toolbox import Toolbox
@@ -45,7 +45,7 @@ class McpServers:
                     "url": url,
                     "timeout": call_seconds,
                     "sse_read_timeout": call_seconds,
-                    "httpx_client_factory": _http_client,
+                    "httpx_client_factory": create_client,
                 }
                 for name, url in servers.items()
             },
@@ -112,10 +112,3 @@ def _reason(error: BaseException) -> str:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return type(error).__name__
-
-
-def _http_client(
-    headers: dict[str, str] | None = None, timeout: httpx.Timeout | None = None, auth: httpx.Auth | None = None
-) -> httpx.AsyncClient:
-    """Redirects are not followed: the address in the inventory is the one to talk to."""
-    return httpx.AsyncClient(headers=headers, timeout=timeout, auth=auth, trust_env=False, follow_redirects=False)

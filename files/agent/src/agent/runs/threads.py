@@ -13,7 +13,10 @@ import orjson
 from psycopg.rows import DictRow
 
 from agent.errors import NotFound, ThreadExists
-from agent.ledger import Database, Finished, Ledger
+from agent.runs._langgraph import CHECKPOINT_TABLES
+from agent.runs.ledger import Ledger
+from agent.runs.records import Finished
+from agent.storage.postgres import Database
 
 ThreadStatus = Literal["idle", "busy", "interrupted", "error"]
 SortBy = Literal["thread_id", "status", "created_at", "updated_at"]
@@ -33,11 +36,6 @@ ORDERS: dict[SortBy, LiteralString] = {
     "status": "status",
     "created_at": "created_at",
     "updated_at": "updated_at",
-}
-CHECKPOINT_TABLES: dict[LiteralString, LiteralString] = {
-    "checkpoints": "checkpoint_ns, checkpoint_id, parent_checkpoint_id, type, checkpoint, metadata",
-    "checkpoint_blobs": "checkpoint_ns, channel, version, type, blob",
-    "checkpoint_writes": "checkpoint_ns, checkpoint_id, task_id, idx, channel, type, blob, task_path",
 }
 
 

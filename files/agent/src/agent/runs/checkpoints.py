@@ -14,23 +14,29 @@ import orjson
 from langchain_core.messages import AIMessage
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import (
-    WRITES_IDX_MAP,
     BaseCheckpointSaver,
     ChannelVersions,
     Checkpoint,
     CheckpointMetadata,
     CheckpointTuple,
-    get_checkpoint_id,
 )
 from langgraph.checkpoint.postgres.aio import AsyncPostgresSaver
-from langgraph.checkpoint.postgres.base import SELECT_SQL
 
-from agent.database import Pool
 from agent.errors import StorageUnavailable
-from agent.ledger import Batch, Database
+from agent.runs._langgraph import (
+    INLINE_VERSION,
+    INTERRUPT,
+    SELECT_SQL,
+    TASKS,
+    WRITES_IDX_MAP,
+    get_checkpoint_id,
+    load_blobs,
+    load_writes,
+    set_lock,
+)
+from agent.runs.records import Batch
+from agent.storage.postgres import Database, Pool
 
-INTERRUPT = "__interrupt__"
-TASKS = "__pregel_tasks"
 LATEST = SELECT_SQL + "WHERE thread_id = %s AND checkpoint_ns = %s ORDER BY checkpoint_id DESC LIMIT 1"
 EXACT = SELECT_SQL + "WHERE thread_id = %s AND checkpoint_ns = %s AND checkpoint_id = %s"
 PRIMITIVE = (str, int, float, bool)
@@ -40,13 +46,12 @@ Save = Callable[[Batch], Awaitable[None]]
 Kept = tuple[str, str, str | None, Checkpoint, CheckpointMetadata, ChannelVersions]
 
 
-class TurnSaver(AsyncPostgresSaver):
+class ThreadSaver(AsyncPostgresSaver):
     """The saver of everything outside a run, and the reader and the serializer of all runs."""
 
     def __init__(self, pool: Pool, database: Database) -> None:
         super().__init__(pool)
-        # The saver's lock is for a single connection; over a pool it would make every thread wait for every other.
-        self.lock = cast(asyncio.Lock, asyncio.Semaphore(pool.max_size))
+        set_lock(self, asyncio.Semaphore(pool.max_size))
         self.database = database
         self._allowing: dict[int, AsyncPostgresSaver] = {}
 
@@ -62,18 +67,18 @@ class TurnSaver(AsyncPostgresSaver):
         )
         if not rows:
             return None
-        if rows[0]["checkpoint"]["v"] < 4:
+        if rows[0]["checkpoint"]["v"] < INLINE_VERSION:
             return await self.aget_tuple(config)  # written by an older LangGraph
         row = rows[0]
         here = {"thread_id": row["thread_id"], "checkpoint_ns": row["checkpoint_ns"]}
         parent_id = row["parent_checkpoint_id"]
-        values = (row["checkpoint"].get("channel_values") or {}) | self._load_blobs(row["channel_values"])
+        values = (row["checkpoint"].get("channel_values") or {}) | load_blobs(self, row["channel_values"])
         return CheckpointTuple(
             {"configurable": {**here, "checkpoint_id": row["checkpoint_id"]}},
             cast(Checkpoint, {**row["checkpoint"], "channel_values": values}),
             row["metadata"],
             {"configurable": {**here, "checkpoint_id": parent_id}} if parent_id else None,
-            self._load_writes(row["pending_writes"]),
+            load_writes(self, row["pending_writes"]),
         )
 
     def allowing(self, allowlist: Any) -> AsyncPostgresSaver:
@@ -89,7 +94,7 @@ class RunSaver(BaseCheckpointSaver[str]):
 
     def __init__(
         self,
-        saver: TurnSaver,
+        saver: ThreadSaver,
         run_id: str,
         metadata: dict[str, Any],
         save: Save,

@@ -20,8 +20,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from agent.database import Pool
 from agent.errors import ServiceError
+from agent.storage.postgres import Pool
 
 logger = logging.getLogger(__name__)
 
@@ -230,15 +230,21 @@ class Authenticator:
 class Authenticate:
     """Lets nobody past without a principal, but for OPEN_PATHS. A new route is closed unless it is named there."""
 
-    def __init__(self, app: ASGIApp, refuse: Callable[[Request, ServiceError], Awaitable[Response]]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        authenticator: Callable[[], Authenticator],
+        refuse: Callable[[Request, ServiceError], Awaitable[Response]],
+    ) -> None:
         self._app = app
+        self._authenticator = authenticator
         self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
             state = scope.setdefault("state", {})
             try:
-                state["principal"] = await scope["app"].state.authenticator.principal(Headers(scope=scope))
+                state["principal"] = await self._authenticator().principal(Headers(scope=scope))
             except ServiceError as error:
                 response = await self._refuse(Request(scope), error)
                 if error.status == Unauthorized.status:

@@ -19,10 +19,12 @@ from langgraph.graph.state import CompiledStateGraph
 from langgraph.store.base import BaseStore
 from typing_extensions import TypedDict
 
-from agent import context
 from agent.errors import TooManySteps, TurnTimeout
-from agent.model import TURN, ChatModel, ContextOverflow, Turn, create_model
+from agent.llm import context
+from agent.llm.model import ChatModel, ContextOverflow, create_model
+from agent.llm.turn import TURN, Turn
 from agent.settings import Settings
+from agent.tokens import TOKENS_PER_MESSAGE, count_text
 from agent.tools.calls import ToolCalls
 from agent.tools.toolbox import Toolbox
 from agent.tracing import Tracing
@@ -66,7 +68,7 @@ class Steps:
         self._toolbox = toolbox
         self._tool_calls = ToolCalls(settings, toolbox, tracing)
         self._tracing = tracing
-        self._system_tokens = context.TOKENS_PER_MESSAGE + context.count_text(settings.system_prompt)
+        self._system_tokens = TOKENS_PER_MESSAGE + count_text(settings.system_prompt)
         # Less than the setting once a server has said that it takes less.
         self._context_tokens = settings.context_tokens
 

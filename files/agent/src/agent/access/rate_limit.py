@@ -18,19 +18,19 @@ from typing import Any
 from uuid import uuid4
 
 import orjson
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio import Redis
 from redis.commands.core import AsyncScript
 from redis.exceptions import RedisError
 
-from agent.auth import Principal
+from agent.access.auth import Principal
 from agent.errors import RateLimited
 from agent.metrics import Metrics
 from agent.settings import Settings, rate
+from agent.storage.redis import REDIS_SECONDS
 
 logger = logging.getLogger(__name__)
 
 KEY_PREFIX = "agent:rl"
-REDIS_SECONDS = 0.5
 RETRY_SECONDS = 1
 # Finished runs are told together, unless their principal is near a limit.
 FLUSH_SECONDS = 0.05
@@ -106,7 +106,7 @@ return {0, running + 1, 0}
 """
 
 # What a worker knows. Whatever is told twice counts once.
-TELL = """#!lua
+REPORT = """#!lua
 for i, text in ipairs(ARGV) do
   local key, told = (i - 1) * 3, cjson.decode(text)
   for _, entry in ipairs(told.requests) do
@@ -127,25 +127,6 @@ for i, text in ipairs(ARGV) do
 end
 return 0
 """
-
-
-def create_redis(settings: Settings) -> "Redis":
-    return Redis.from_pool(
-        BlockingConnectionPool(
-            host=settings.redis_host,
-            port=settings.redis_port,
-            username=settings.redis_user,
-            password=settings.redis_password.get_secret_value(),
-            max_connections=16,
-            timeout=REDIS_SECONDS,
-            socket_timeout=REDIS_SECONDS,
-            socket_connect_timeout=REDIS_SECONDS,
-            socket_keepalive=True,
-            # Keeps the commands to the few that the ACL allows.
-            protocol=2,
-            driver_info=None,
-        )
-    )
 
 
 def clock() -> int:
@@ -231,15 +212,15 @@ class RateLimiter:
         self._default = Rates(requests, seconds * 1000, settings.tokens_per_minute, settings.concurrent_runs)
         self._lease = max(MIN_LEASE, 3000 * math.ceil(settings.turn_timeout_seconds))
         self._admit_script = redis.register_script(ADMIT)
-        self._tell_script = redis.register_script(TELL)
+        self._report_script = redis.register_script(REPORT)
         self._metrics = metrics
         self._boot = boot_id()
         self._worker = uuid4().hex[:8]
         self._accounts: OrderedDict[str, Account] = OrderedDict()
         # Principals of whom Redis lacks the end of a run or the price of one; and those of whom it may lack anything.
-        self._untold: set[str] = set()
+        self._pending: set[str] = set()
         self._missed: set[str] = set()
-        self._telling = asyncio.Lock()
+        self._reporting = asyncio.Lock()
         self._timer: asyncio.TimerHandle | None = None
         self._away = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -259,7 +240,7 @@ class RateLimiter:
                 wait, running, crowded = await self._call(self._admit_script, self._keys(name), args)
                 if crowded:
                     # Some of them may have ended, and this worker or another one is about to tell.
-                    await self._tell_untold()
+                    await self._report_pending()
                     await asyncio.sleep(1.5 * FLUSH_SECONDS)
                     wait, running, _ = await self._call(self._admit_script, self._keys(name), args)
             except (RedisError, OSError) as error:  # a TimeoutError is an OSError
@@ -272,7 +253,7 @@ class RateLimiter:
             if wait and run_id:
                 # Redis may have counted it before its answer got lost.
                 account.ended.add(entry)
-                self._untold.add(name)
+                self._pending.add(name)
         if wait:
             self._metrics.rate_limited.inc()
             raise RateLimited(retry_after=math.ceil(wait / 1000))
@@ -291,20 +272,20 @@ class RateLimiter:
             account.charge(clock(), tokens)
         if not (account.ended or account.charged):
             return
-        self._untold.add(name)
+        self._pending.add(name)
         if self._away:
             return
         if account.crowded or rates is None or rates.tokens:
-            await asyncio.shield(self._start(self._tell_untold()))
+            await asyncio.shield(self._start(self._report_pending()))
         elif self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(FLUSH_SECONDS, self._tell_soon)
+            self._timer = asyncio.get_running_loop().call_later(FLUSH_SECONDS, self._report_soon)
 
     async def close(self) -> None:
         """Tell what is not told yet, if that can be done quickly."""
         if self._timer:
             self._timer.cancel()
         if not self._away:
-            await self._tell_untold()
+            await self._report_pending()
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -325,7 +306,7 @@ class RateLimiter:
         if account is None:
             account = self._accounts[name] = Account()
             if len(self._accounts) > MAX_PRINCIPALS:
-                self._untold.discard(self._accounts.popitem(last=False)[0])
+                self._pending.discard(self._accounts.popitem(last=False)[0])
         else:
             self._accounts.move_to_end(name)
         return account
@@ -339,16 +320,16 @@ class RateLimiter:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def _tell_soon(self) -> None:
+    def _report_soon(self) -> None:
         self._timer = None
-        self._start(self._tell_untold())
+        self._start(self._report_pending())
 
-    async def _tell_untold(self) -> None:
-        async with self._telling:
+    async def _report_pending(self) -> None:
+        async with self._reporting:
             if self._away:
                 return
             try:
-                await self._tell()
+                await self._report()
             except (RedisError, OSError) as error:
                 self._lost(error)
 
@@ -362,13 +343,15 @@ class RateLimiter:
     async def _come_back(self) -> None:
         while self._away:
             await asyncio.sleep(RETRY_SECONDS)
-            async with self._telling:
+            async with self._reporting:
                 # Redis may have forgotten something too. Its own clock decides nothing, so all of it can be told again.
                 self._missed.update(self._accounts)
                 try:
-                    await self._call(self._tell_script, self._keys("probe"), [_news(tokens=[(f"0:{self._worker}", 0)])])
+                    await self._call(
+                        self._report_script, self._keys("probe"), [_update(tokens=[(f"0:{self._worker}", 0)])]
+                    )
                     for _ in range(3):
-                        await self._tell()
+                        await self._report()
                         if not self._missed:
                             break
                 except (RedisError, OSError):
@@ -376,13 +359,13 @@ class RateLimiter:
                 self._away = False
         self._metrics.rate_limit_local.set(0)
         logger.info("redis is back")
-        await self._tell_untold()
+        await self._report_pending()
 
-    async def _tell(self) -> None:
+    async def _report(self) -> None:
         """Tell Redis what it does not know. What cannot be told stays untold."""
-        names = self._untold | self._missed
+        names = self._pending | self._missed
         missed = self._missed
-        self._untold, self._missed = set(), set()
+        self._pending, self._missed = set(), set()
         told: list[tuple[Account, set[int], set[str]]] = []
         keys: list[str] = []
         args: list[bytes] = []
@@ -395,7 +378,7 @@ class RateLimiter:
                 # One call must not keep Redis from everybody else for long.
                 while len(requests) > MAX_ENTRIES:
                     part, requests = requests[:MAX_ENTRIES], requests[MAX_ENTRIES:]
-                    await self._call(self._tell_script, self._keys(name), [_news(account, requests=part)])
+                    await self._call(self._report_script, self._keys(name), [_update(account, requests=part)])
                 charged, ended = set(account.charged), set(account.ended)
                 tokens = [
                     (f"{start}:{self._worker}", account.tokens[start])
@@ -403,12 +386,12 @@ class RateLimiter:
                 ]
                 runs = [(end, run) for run, end in account.runs.items()] if name in missed else []
                 keys += self._keys(name)
-                args.append(_news(account, requests=requests, tokens=tokens, runs=runs, ended=ended))
+                args.append(_update(account, requests=requests, tokens=tokens, runs=runs, ended=ended))
                 told.append((account, charged, ended))
             if args:
-                await self._call(self._tell_script, keys, args)
+                await self._call(self._report_script, keys, args)
         except BaseException:
-            self._untold |= names
+            self._pending |= names
             self._missed |= missed
             raise
         for account, charged, ended in told:
@@ -420,7 +403,7 @@ class RateLimiter:
             return await script(keys=keys, args=args)
 
 
-def _news(
+def _update(
     account: Account | None = None,
     *,
     requests: Iterable[tuple[int, str]] = (),

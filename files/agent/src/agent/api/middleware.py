@@ -10,7 +10,7 @@ from pydantic import SecretStr
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from agent.auth import Proxy
+from agent.access.auth import Proxy
 from agent.errors import ServiceError
 from agent.metrics import Metrics
 

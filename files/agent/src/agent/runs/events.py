@@ -16,10 +16,10 @@ import orjson
 from langchain_core.messages import BaseMessage
 from langgraph.types import Interrupt
 from pydantic import BaseModel
-from redis.asyncio import BlockingConnectionPool, Redis
 from redis.exceptions import RedisError
 
 from agent.settings import Settings
+from agent.storage.redis import create_redis
 
 logger = logging.getLogger(__name__)
 
@@ -65,11 +65,11 @@ class EventLog:
         self._waiting: set[asyncio.Future[None]] = set()
         self.closed = False
 
-    def add(self, event: str, data: Any) -> Event:
-        added = Event(self._first + len(self._events), event, plain(data))
-        self._events.append(added)
+    def publish(self, event: str, data: Any) -> Event:
+        published = Event(self._first + len(self._events), event, plain(data))
+        self._events.append(published)
         self._wake()
-        return added
+        return published
 
     def close(self) -> None:
         """No more will come: the run ended, or goes on elsewhere."""
@@ -80,7 +80,8 @@ class EventLog:
         """Whether everything after that event is here."""
         return after == 0 or after >= self._first - 1
 
-    async def follow(self, after: int) -> AsyncGenerator[Event]:
+    async def subscribe(self, after: int) -> AsyncGenerator[Event]:
+        """The events after this one, those to come included, until the log is closed."""
         index = max(0, after - self._first + 1)
         while True:
             while index < len(self._events):
@@ -105,7 +106,7 @@ class EventStreams:
     """The events of resumable runs in Redis, for the other workers."""
 
     def __init__(self, settings: Settings) -> None:
-        self._redis = _create_redis(settings)
+        self._redis = create_redis(settings, connections=MAX_READERS, seconds=WRITE_SECONDS, blocking=True)
         self._queue: deque[tuple[str, Event]] = deque()
         self._wake = asyncio.Event()
         self._writer: asyncio.Task[None] | None = None
@@ -123,7 +124,7 @@ class EventStreams:
             await asyncio.gather(self._writer, return_exceptions=True)
         await self._redis.aclose()
 
-    def put(self, run_id: str, event: Event) -> None:
+    def broadcast(self, run_id: str, event: Event) -> None:
         if len(self._queue) < MAX_QUEUED:  # what is dropped is a gap, which the readers see
             self._queue.append((run_id, event))
             self._wake.set()
@@ -167,27 +168,22 @@ class EventStreams:
         await pipeline.execute(raise_on_error=False)
 
 
+class BroadcastLog(EventLog):
+    """The same log, and each event goes to the other workers as well."""
+
+    def __init__(self, log: EventLog, streams: EventStreams, run_id: str) -> None:
+        self._log = log
+        self._streams = streams
+        self._run_id = run_id
+
+    def publish(self, event: str, data: Any) -> Event:
+        published = self._log.publish(event, data)
+        self._streams.broadcast(self._run_id, published)
+        return published
+
+
 def _key(run_id: str) -> str:
     return f"{KEY_PREFIX}:{run_id}"
-
-
-def _create_redis(settings: Settings) -> "Redis":
-    return Redis.from_pool(
-        BlockingConnectionPool(
-            host=settings.redis_host,
-            port=settings.redis_port,
-            username=settings.redis_user,
-            password=settings.redis_password.get_secret_value(),
-            max_connections=MAX_READERS,
-            timeout=WRITE_SECONDS,
-            socket_connect_timeout=WRITE_SECONDS,
-            socket_keepalive=True,
-            # Keeps the commands to the few that the ACL allows.
-            protocol=2,
-            lib_name=None,
-            lib_version=None,
-        )
-    )
 
 
 def to_json(value: Any) -> bytes:

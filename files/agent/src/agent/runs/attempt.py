@@ -24,18 +24,16 @@ from langgraph.checkpoint.base import CheckpointTuple
 from langgraph.errors import EmptyInputError, GraphRecursionError
 from langgraph.types import Command
 
-from agent import context
-from agent.checkpoints import INTERRUPT, RunSaver
 from agent.errors import InvalidRequest, ModelFailed, TooManySteps
-from agent.events import EventLog, plain
-from agent.graph import Agent
-from agent.ledger import Outcome, Run
+from agent.llm.graph import Agent
 from agent.metrics import Metrics
+from agent.runs._langgraph import CHECKPOINTER, INTERRUPT, without_internal
+from agent.runs.checkpoints import RunSaver
+from agent.runs.events import EventLog, plain
+from agent.runs.records import Outcome, Run
+from agent.tokens import count, count_text
 
 logger = logging.getLogger(__name__)
-
-# Under this key a graph finds the saver it is lent, as a subgraph finds that of the graph around it.
-CHECKPOINTER = "__pregel_checkpointer"
 
 
 class Attempt:
@@ -76,11 +74,11 @@ class Attempt:
             before = before[: before.index(self._run.run_id)]
         self._before = frozenset(before)
         if self._run.attempt > 1:
-            self._log.add("status", {"state": "restarted"})
+            self._log.publish("status", {"state": "restarted"})
         graph_input = None if taken_up else self._input(loaded, messages)
         try:
             async for mode, data, namespace in self._stream(graph_input):
-                self._tell(mode, data, namespace)
+                self._publish(mode, data, namespace)
         except GraphRecursionError:
             raise TooManySteps from None
         except EmptyInputError:
@@ -97,8 +95,8 @@ class Attempt:
         tokens = self._used(messages)["total_tokens"]
         if self._writing is not None and self._writing not in {message.id for message in messages}:
             # Broken off before the model could say what it cost, but its client has read it.
-            shown = sum(context.count(message) for message in messages)
-            tokens += min(shown, window) + context.count_text(self._written)
+            shown = sum(count(message) for message in messages)
+            tokens += min(shown, window) + count_text(self._written)
         return tokens
 
     async def _load(self) -> CheckpointTuple | None:
@@ -180,13 +178,12 @@ class Attempt:
                 namespace, (mode, data) = (), item
             yield mode, data, namespace
 
-    def _tell(self, mode: str, data: Any, namespace: tuple[str, ...]) -> None:
+    def _publish(self, mode: str, data: Any, namespace: tuple[str, ...]) -> None:
         wanted = self._run.options.stream
         if mode == "messages":
             chunk, metadata = data
             if "messages" in wanted:
-                shown = {name: value for name, value in metadata.items() if not name.startswith("__")}
-                self._log.add(_name("messages", namespace), [chunk, shown])
+                self._log.publish(_name("messages", namespace), [chunk, without_internal(metadata)])
             if isinstance(chunk, AIMessageChunk | AIMessage) and (text := chunk.text):
                 if self._writing != chunk.id:
                     self._writing, self._written = chunk.id, ""
@@ -195,13 +192,13 @@ class Attempt:
                     self._spoke = True
                     self._metrics.first_token_seconds.observe(time.monotonic() - self._started)
                 if "tokens" in wanted and not namespace:
-                    self._log.add("token", {"text": str(text)})
+                    self._log.publish("token", {"text": str(text)})
             return
         kind = data.get("type") if mode == "custom" and isinstance(data, dict) else None
         if kind == "status" or (kind == "tool" and "tools" in wanted):
-            self._log.add(kind, {name: value for name, value in data.items() if name != "type"})
+            self._log.publish(kind, {name: value for name, value in data.items() if name != "type"})
         if mode in wanted:
-            self._log.add(_name(mode, namespace), data)
+            self._log.publish(_name(mode, namespace), data)
 
     def _outcome(self) -> Outcome:
         messages: list[AnyMessage] = self._saver.values.get("messages", [])
