@@ -122,6 +122,12 @@ def run(command: list[str], *, quiet: bool = False, environ: Mapping[str, str] |
     return result.stdout or ""
 
 
+def attempt(command: list[str], environ: Mapping[str, str]) -> tuple[str, int]:
+    """Run a command that may fail, and return its output and exit status."""
+    result = subprocess.run(command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    return result.stdout, result.returncode
+
+
 def lock() -> None:
     for name, python in ENVIRONMENTS.items():
         source = LOCKS / f"requirements-{name}.in"
