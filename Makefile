@@ -239,3 +239,21 @@ lock: venv
 	cd bench && $(COMPILE) requirements.in -o requirements.lock
 
 COMPILE := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
+
+.PHONY: sanity importer versions release
+
+## make sanity        ansible-test sanity on the archive with every ansible-core, without Docker; CORE=2.19 takes one
+sanity: venv
+	python tools/sanity.py $(CORE)
+
+## make importer      what Galaxy says of the archive, and a builder of execution environments of its requirements
+importer: venv
+	python tools/importer.py
+
+## make versions      with every ansible-core (CORE=2.19: one): install, syntax, documentation, unit tests; INVENTORY=inventories/demo: --check --diff there
+versions: venv
+	python tools/versions.py $(if $(INVENTORY),--inventory $(INVENTORY)) $(CORE)
+
+## make release       VERSION=1.2.0: version, changelog and checked archive; says what a person still has to do, and publishes nothing
+release: venv
+	python tools/release.py "$(VERSION)"

@@ -1,5 +1,6 @@
 # Copyright: the selfhosted.agent_stack maintainers
-# Apache-2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
 """Where a model's files are, and how large: a directory, a hub cache, or the hub itself. PRIVATE to the collection: it may change at any time.
 
 Only config.json, the index and the headers of safetensors files are read, never weights.
@@ -17,7 +18,8 @@ from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote
-from urllib.request import Request, urlopen
+
+from ansible.module_utils.urls import open_url
 
 INDEX = "model.safetensors.index.json"
 # The copies of the weights in other formats, which are not fetched where there are safetensors (files/images/vllm-cpu/fetch_model.py).
@@ -189,11 +191,17 @@ class Hub:
 
     def get(self, path: str, model: str, revision: str) -> bytes:
         """Return an answer's body. Raises ModelError."""
-        request = Request(self.url + path, headers={"User-Agent": "selfhosted.agent_stack"})
-        if self.token:
-            request.add_unredirected_header("Authorization", f"Bearer {self.token}")
+        headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         try:
-            with urlopen(request, timeout=self.timeout) as answer:
+            # No password of the host's own ~/.netrc goes to the hub.
+            with open_url(
+                self.url + path,
+                headers=headers,
+                unredirected_headers=list(headers),
+                http_agent="selfhosted.agent_stack",
+                timeout=self.timeout,
+                use_netrc=False,
+            ) as answer:
                 body = bytes(answer.read(ANSWER_LIMIT + 1))
         except HTTPError as error:
             raise ModelError(self.refusal(error, model, revision)) from None

@@ -1,5 +1,6 @@
 # Copyright: the selfhosted.agent_stack maintainers
-# Apache-2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
 """What a swap does to a host: Docker, systemd, HAProxy's runtime API and vLLM's HTTP API. PRIVATE to the collection: it may change at any time."""
 
 from __future__ import annotations
@@ -188,7 +189,7 @@ class Gateway:
         """Return what the file names: a slot, or that requests are held."""
         text = self.paths.servers.read_text() if self.paths.servers.exists() else ""
         lines = SERVER_LINE.findall(text)
-        return str(next((name for _, name, disabled in lines if name in SLOTS and not disabled), HOLD))
+        return str(next((name for _text, name, disabled in lines if name in SLOTS and not disabled), HOLD))
 
 
 class DockerHost:

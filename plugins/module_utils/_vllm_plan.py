@@ -1,5 +1,6 @@
 # Copyright: the selfhosted.agent_stack maintainers
-# Apache-2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
 """Whether a model fits, how much it carries, and how to swap to it. Pure arithmetic. PRIVATE to the collection: it may change at any time.
 
 The KV cache is counted as vLLM counts it (vllm/v1/core/kv_cache_planning.py): layers of one kind of attention form groups of equal size, all

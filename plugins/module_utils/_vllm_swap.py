@@ -1,5 +1,6 @@
 # Copyright: the selfhosted.agent_stack maintainers
-# Apache-2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
 """Changing the model that serves, step by step, with no request lost. PRIVATE to the collection: it may change at any time.
 
 Two slots, blue and green, each a server of its own. One serves; the other is where the next model starts, and where the last one waits for a rollback.
@@ -453,7 +454,7 @@ class Swap:
 
     def _fit(self, slot: str) -> bool:
         """Whether a slot answers. One that runs and is late with one answer is busy, not broken."""
-        for _ in range(3):
+        for _attempt in range(3):
             if self.host.status(slot) != "running":
                 return False
             if self.host.ready(slot):
