@@ -38,7 +38,7 @@ demo-clean: venv
 
 CHECK_PARTS := types unit agent-unit style
 TEST_PARTS := images molecule agent-test molecule-swap molecule-nvidia $(CHECK_PARTS) ansible-lint sanity promtool-test
-ALL_PARTS := system-test more-hosts more-swap more-nvidia versions bench-test
+ALL_PARTS := system-test more-newest more-hosts more-swap more-nvidia more-sanity importer bench-test
 
 ## make check         after each edit: style, types, unit tables, tests of the service that need no server
 .PHONY: check
@@ -54,7 +54,7 @@ test:
 	@$(MAKE) --no-print-directory venv
 	@$(BIN)/python tools/parts.py reset
 	@$(MAKE) --no-print-directory set-up
-	@$(MAKE) --no-print-directory --jobs $(JOBS) PARTS=quiet DRILLS=quick $(TEST_PARTS) && status=0 || status=$$?; \
+	@$(MAKE) --no-print-directory --jobs $(JOBS) PARTS=quiet DRILLS=quick CORE=2.19 $(TEST_PARTS) && status=0 || status=$$?; \
 	$(BIN)/python tools/parts.py table; exit $$status
 
 ## make test-all      what CI runs: make test, then every scenario, with drills in short counts
@@ -62,7 +62,7 @@ test:
 test-all:
 	@$(PREFLIGHT) disk engine port=$(DEMO_PORT)
 	@$(MAKE) --no-print-directory test KEEP_HOSTS=yes
-	@$(MAKE) --no-print-directory --jobs $(JOBS) PARTS=quiet DRILLS='not quick and not long' $(ALL_PARTS) && status=0 || status=$$?; \
+	@$(MAKE) --no-print-directory --jobs $(JOBS) PARTS=quiet DRILLS='not quick and not long' CORE= $(ALL_PARTS) && status=0 || status=$$?; \
 	$(BIN)/python tools/parts.py table; exit $$status
 
 ## make drills        by hand, before a release: the long counts of all drills, and the benches
@@ -182,6 +182,15 @@ more-swap more-nvidia: more-%:
 more-hosts:
 	$(PART) $@ bash tests/molecule.sh hosts
 
+.PHONY: more-newest
+more-newest:
+	$(PART) $@ bash tests/newest.sh
+
+# The other cores; `make test` takes the one of its own environment.
+.PHONY: more-sanity
+more-sanity:
+	$(PART) $@ python tools/sanity.py 2.20 2.21
+
 .PHONY: bench-test
 bench-test: agent-venv packages
 	$(PART) $@ bash -c 'cd bench && $(CURDIR)/.cache/agent-venv/bin/python -B -m pytest -q'
@@ -240,20 +249,29 @@ lock: venv
 
 COMPILE := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
 
-.PHONY: sanity importer versions release
+# The collection as others judge it.
 
 ## make sanity        ansible-test sanity on the archive with every ansible-core, without Docker; CORE=2.19 takes one
+.PHONY: sanity
 sanity: venv
-	python tools/sanity.py $(CORE)
+	$(PART) $@ python tools/sanity.py $(CORE)
 
 ## make importer      what Galaxy says of the archive, and a builder of execution environments of its requirements
+.PHONY: importer
 importer: venv
-	python tools/importer.py
+	$(PART) $@ python tools/importer.py
 
 ## make versions      with every ansible-core (CORE=2.19: one): install, syntax, documentation, unit tests; INVENTORY=inventories/demo: --check --diff there
-versions: venv
-	python tools/versions.py $(if $(INVENTORY),--inventory $(INVENTORY)) $(CORE)
+.PHONY: versions
+versions: venv packages
+	$(PART) $@ python tools/versions.py $(if $(INVENTORY),--inventory $(INVENTORY)) $(CORE)
+
+## make newest        the whole stack with the newest ansible-core, then what `make versions` does, on its host too
+.PHONY: newest
+newest: images
+	$(PART) $@ bash tests/newest.sh
 
 ## make release       VERSION=1.2.0: version, changelog and checked archive; says what a person still has to do, and publishes nothing
+.PHONY: release
 release: venv
 	python tools/release.py "$(VERSION)"
