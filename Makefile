@@ -44,7 +44,7 @@ ALL_PARTS := system-test more-newest more-hosts more-swap more-nvidia more-sanit
 .PHONY: check
 check: venv agent-venv packages
 	@$(BIN)/python tools/parts.py reset
-	@$(MAKE) --no-print-directory --jobs $(JOBS) PARTS=quiet $(CHECK_PARTS) && status=0 || status=$$?; \
+	@$(MAKE) --no-print-directory --keep-going --jobs $(JOBS) PARTS=quiet $(CHECK_PARTS) && status=0 || status=$$?; \
 	$(BIN)/python tools/parts.py table; exit $$status
 
 ## make test          before a change is offered: check, the service, the stack, a swap, the GPU stand-in, a recovery
@@ -54,7 +54,7 @@ test:
 	@$(MAKE) --no-print-directory venv
 	@$(BIN)/python tools/parts.py reset
 	@$(MAKE) --no-print-directory set-up
-	@$(MAKE) --no-print-directory --jobs $(JOBS) PARTS=quiet DRILLS=quick CORE=2.19 $(TEST_PARTS) && status=0 || status=$$?; \
+	@$(MAKE) --no-print-directory --keep-going --jobs $(JOBS) PARTS=quiet DRILLS=quick CORE=2.19 $(TEST_PARTS) && status=0 || status=$$?; \
 	$(BIN)/python tools/parts.py table; exit $$status
 
 ## make test-all      what CI runs: make test, then every scenario, with drills in short counts
@@ -62,7 +62,7 @@ test:
 test-all:
 	@$(PREFLIGHT) disk engine port=$(DEMO_PORT)
 	@$(MAKE) --no-print-directory test KEEP_HOSTS=yes
-	@$(MAKE) --no-print-directory --jobs $(JOBS) PARTS=quiet DRILLS='not quick and not long' CORE= $(ALL_PARTS) && status=0 || status=$$?; \
+	@$(MAKE) --no-print-directory --keep-going --jobs $(JOBS) PARTS=quiet DRILLS='not quick and not long' CORE= $(ALL_PARTS) && status=0 || status=$$?; \
 	$(BIN)/python tools/parts.py table; exit $$status
 
 ## make drills        by hand, before a release: the long counts of all drills, and the benches

@@ -71,7 +71,7 @@ def test_nothing_that_only_a_checkout_needs_is_packed(archive: set[str]) -> None
     }
     assert [name for name in archive if name.startswith("files/agent/tests")] == []
     allowed = {"changelogs", "docs", "files", "inventories", "meta", "playbooks", "plugins", "roles", "tests", "LICENSES"}
-    files = {"CHANGELOG.md", "FILES.json", "LICENSE", "MANIFEST.json", "README.md", "requirements.yml", "site.yml"}
+    files = {"CHANGELOG.md", "FILES.json", "LICENSE", "MANIFEST.json", "README.md", "SECURITY.md", "requirements.yml", "site.yml"}
     assert {name.partition("/")[0] for name in archive} - allowed - files == {"group_vars"}  # left empty by the test's own private files
     assert [name for name in archive if name.startswith("inventories/demo")] == []
 
