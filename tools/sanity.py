@@ -45,36 +45,33 @@ def pip_conf(settings: Mapping[str, str]) -> str:
     return "\n".join(["[global]", *lines]) + "\n"
 
 
-def expand(rules: str, files: Iterable[str], core: str) -> str:
-    """Return the lines of a core's ignore file: each rule of ignore.in for each of the archive's files that its pattern names. Raises CoreError."""
+def expand(rules: str, files: Iterable[str]) -> str:
+    """Return the lines of the ignore files: each rule of ignore.in for each of the archive's files that its pattern names. Raises CoreError."""
     names = sorted(files)
     lines = []
     for rule in rules.splitlines():
         if not rule or rule.startswith("#"):
             continue
-        found = re.fullmatch(r"(?:\[([0-9. ]+)\] )?(\S+) (\S+) # (\S.*)", rule)
+        found = re.fullmatch(r"(\S+) (\S+) # (\S.*)", rule)
         if not found:
-            raise CoreError(
-                f"tests/sanity/ignore.in has the line {rule!r}; allowed is `PATTERN TEST # REASON`, for some cores `[CORE ...] PATTERN TEST # REASON`."
-            )
-        only, pattern, test, reason = found.groups()
+            raise CoreError(f"tests/sanity/ignore.in has the line {rule!r}; allowed is `PATTERN TEST # REASON`.")
+        pattern, test, reason = found.groups()
         # `**/` is any number of directories, none as well.
         expression = "[^/]*".join("(?:.*/)?".join(map(re.escape, part.split("**/"))) for part in re.split(r"(?<!\*)\*(?!\*)", pattern))
         meant = [name for name in names if re.fullmatch(expression, name)]
         if not meant:
             raise CoreError(f"tests/sanity/ignore.in names {pattern}, and the archive has no such file.")
-        if only is None or core in cores.chosen(only.split()):
-            lines += [f"{name} {test} # {reason}" for name in meant]
+        lines += [f"{name} {test} # {reason}" for name in meant]
     return "".join(f"{line}\n" for line in lines)
 
 
 def write_ignores(collection: Path) -> None:
     """Write the ignore file of every core, here and in the staged collection, as the archive's files are now."""
     files = [path.relative_to(collection).as_posix() for path in collection.rglob("*") if path.is_file()]
-    rules = (SANITY / "ignore.in").read_text()
+    content = expand((SANITY / "ignore.in").read_text(), files)
     for core in cores.SUPPORTED:
         for directory in (SANITY, collection / "tests" / "sanity"):
-            (directory / f"ignore-{core}.txt").write_text(expand(rules, files, core))
+            (directory / f"ignore-{core}.txt").write_text(content)
 
 
 def not_run(output: str) -> dict[str, str]:

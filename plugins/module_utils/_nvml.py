@@ -217,6 +217,8 @@ def from_nvidia_smi(executable: str | None, timeout: float) -> dict[str, Any]:
 def run_nvidia_smi(command: list[str], timeout: float) -> str | None:
     """Return what nvidia-smi prints, or None if it finds no GPU. Raises GpuError."""
     try:
+        # A driver that hangs is left behind after a time, which run_command cannot do.
+        # pylint: disable-next=ansible-bad-function
         result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
     except subprocess.TimeoutExpired:
         raise GpuError(f"{command[0]} did not answer within {timeout:g} seconds") from None
