@@ -15,6 +15,8 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 PREFLIGHT := $(PYTHON) tools/preflight.py
 # Each part of the tests has a log in .cache/parts, and its seconds in a table at the end.
 PART := @$(BIN)/python tools/parts.py run
+# What is checked against the libraries of the agent, which are in an environment of their own. mypy.ini names the rest.
+AGENT_TYPES := files/agent/src $(wildcard bench/[!gs]*.py bench/tests/*.py) bench/services.py bench/gpu_client.py bench/gpu_profile.py bench/gpu_plan_engine.py
 # Which drills run; see docs/testing.md.
 DRILLS ?=
 
@@ -128,7 +130,7 @@ style: venv
 ## make types         mypy, strict
 .PHONY: types
 types: agent-venv
-	$(PART) $@ bash -c 'mypy && cd files/agent && $(CURDIR)/.cache/agent-venv/bin/python -m mypy && cd ../../bench && $(CURDIR)/.cache/agent-venv/bin/python -m mypy .'
+	$(PART) $@ bash -c 'mypy && mypy --python-executable .cache/agent-venv/bin/python $(AGENT_TYPES)'
 
 ## make unit          tables over the plugins, role specifications against defaults, metric names, nginx's configuration
 .PHONY: unit
@@ -207,7 +209,7 @@ bench-swap: images
 ## make bench-agent   the agent against its peers on this machine: latency added and turns/s; about 25 minutes
 .PHONY: bench-agent
 bench-agent: .cache/agent-venv/.complete .cache/bench-venv/.complete packages
-	cd bench && $(CURDIR)/.cache/agent-venv/bin/python agent.py
+	cd bench && $(CURDIR)/.cache/agent-venv/bin/python bench_agent.py
 
 ## make bench-rows    the agent's latency with 1,000,000 checkpoints and 10,000 idle threads; about ten minutes
 .PHONY: bench-rows

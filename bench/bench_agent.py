@@ -1,6 +1,6 @@
 """The service against its peers: one machine, one run, the same scripted model.
 
-    python bench/agent.py [--seconds 4] [--rounds 3] [--only ours,guide-sync] [--quick]
+    python bench/bench_agent.py [--seconds 4] [--rounds 3] [--only ours,guide-sync] [--quick]
 
 Every turn starts a new thread, so no history grows: that is what POST /runs/wait of `langgraph dev` does, too. Prints
 tables in Markdown and, as the last line, JSON. Ends with 1 where a turn failed or was not recorded; whether the figures are
