@@ -173,6 +173,12 @@ def test_the_roles_defaults_are_the_services(played: tuple[str, Path], tmp_path:
     assert service(services(played, "nothing")["agent"]["environment"], tmp_path / "secret") == service(secrets, tmp_path / "secret")
 
 
+def test_nginx_writes_down_what_the_agent_takes_for_a_proxy_secret() -> None:
+    (setting,) = (setting for setting in SETTINGS if setting["name"] == "agent_proxy_secret")
+    check = (ROOT / "roles" / "nginx_certbot" / "tasks" / "check.yml").read_text()
+    assert f"nginx_certbot_proxy_secret | string is match('{setting['pattern']}\\\\Z')" in check
+
+
 def role_takes(setting: dict[str, Any], value: Any) -> bool:
     """What tasks/check.yml asks of a value; what it refuses in fact is a table above."""
     if setting["type"] == "bool":
