@@ -86,7 +86,7 @@ REFUSED: list[tuple[dict[str, object], str]] = [
     ({"agent_max_tokens": 8000}, "agent_max_tokens is 8000; allowed is at most 7936"),
     ({"agent_turn_timeout_seconds": 340}, "agent_turn_timeout_seconds is 340; allowed is less than nginx_certbot_read_timeout_seconds, which is 340"),
     ({"agent_retention_schedule": "at dawn"}, 'agent_retention_schedule is "at dawn"; allowed is a systemd calendar event'),
-    ({"agent_rate_limit": "200000/minute"}, 'agent_rate_limit is "200000/minute"; allowed is one COUNT/PERIOD such as 60/minute'),
+    ({"agent_rate_limit": "200000/minute"}, 'agent_rate_limit is "200000/minute"; allowed is a count and a period, COUNT/PERIOD, such as 60/minute'),
     ({"agent_system_prompt": " \n"}, 'agent_system_prompt is " \\n"; allowed is 1 to 20000 characters, not all of them white space'),
     ({"agent_searxng_url": "http://search:99999"}, 'agent_searxng_url is "http://search:99999"; allowed is an http or https URL'),
     ({"agent_otlp_endpoint": None}, 'agent_otlp_endpoint is "None"; allowed is an http or https URL'),
@@ -100,6 +100,8 @@ REFUSED: list[tuple[dict[str, object], str]] = [
 def played(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """One host for each case, in one play: what it said, and where the Compose files are."""
     directory = tmp_path_factory.mktemp("play")
+    # Where a role's task finds the templates of the role agent_stack that it runs.
+    (directory / "templates").symlink_to(ROOT / "roles" / "agent_stack" / "templates")
     for name in ("weather.py", "wiki.py"):
         (directory / name).write_text("tools = []\n")
     hosts = {**TAKEN, **{f"refused-{number}": values for number, (values, _) in enumerate(REFUSED)}}
@@ -171,8 +173,16 @@ def test_the_roles_defaults_are_the_services(played: tuple[str, Path], tmp_path:
     assert service(services(played, "nothing")["agent"]["environment"], tmp_path / "secret") == service(secrets, tmp_path / "secret")
 
 
+def test_nginx_writes_down_what_the_agent_takes_for_a_proxy_secret() -> None:
+    (setting,) = (setting for setting in SETTINGS if setting["name"] == "agent_proxy_secret")
+    check = (ROOT / "roles" / "nginx_certbot" / "tasks" / "check.yml").read_text()
+    assert f"nginx_certbot_proxy_secret | string is match('{setting['pattern']}\\\\Z')" in check
+
+
 def role_takes(setting: dict[str, Any], value: Any) -> bool:
     """What tasks/check.yml asks of a value; what it refuses in fact is a table above."""
+    if setting["type"] == "bool":
+        return isinstance(value, bool)
     texts = [str(part) for part in (value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value])]
     pattern = f"({setting['pattern']}{'|' if setting['optional'] else ''})\\Z"
     names = [re.match(f"({setting['key_pattern']})\\Z", name) for name in value] if "key_pattern" in setting else []

@@ -16,6 +16,13 @@ from programs import ROOT
 
 ROLES = ROOT / "roles"
 EXAMPLE = Path(__file__).parent / "data" / "component" / "vectors"
+# The role's own tasks, in check mode: what would be written is in the output.
+DRY_PLAYBOOK = """
+- hosts: example
+  gather_facts: false
+  tasks:
+    - ansible.builtin.include_role: {name: selfhosted.agent_stack.vectors}
+"""
 PLAYBOOK = """
 - hosts: all
   gather_facts: true
@@ -48,8 +55,8 @@ VARIABLES: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def played(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
-    """A collection with the example among its roles: what a play over its own entry points said, and what it found."""
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a collection that has the example among its roles."""
     directory = tmp_path_factory.mktemp("example")
     collection = directory / "ansible_collections" / "selfhosted" / "agent_stack"
     for part in ("plugins", "meta", "roles/agent_stack", "roles/monitoring"):
@@ -57,14 +64,30 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any
     shutil.copytree(EXAMPLE, collection / "roles" / "vectors")
     hosts = {"example": {}, "collides": {"vectors_port": 9091, "monitoring_prometheus_port": 9091}, "refused": {"vectors_port": 80}}
     (directory / "hosts.yml").write_text(yaml.safe_dump({"all": {"hosts": hosts, "vars": VARIABLES}}))
-    (directory / "play.yml").write_text(PLAYBOOK)
+    # Compose itself is asked on a host only: the engine's program agrees to every project.
+    (directory / "bin").mkdir()
+    (directory / "bin" / "docker").write_text("#!/bin/sh\n")
+    (directory / "bin" / "docker").chmod(0o755)
+    return directory
+
+
+def play(directory: Path, text: str, *arguments: str) -> str:
+    """Run a play there, and return what it said, in one line."""
+    (directory / "play.yml").write_text(text)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ANSIBLE_")}
-    environment |= {"ANSIBLE_COLLECTIONS_PATH": str(directory), "ANSIBLE_NOCOLOR": "1"}
-    command = [str(Path(sys.executable).parent / "ansible-playbook"), "-i", "hosts.yml", "play.yml"]
+    path = f"{directory / 'bin'}:{os.environ['PATH']}"
+    environment |= {"ANSIBLE_COLLECTIONS_PATH": str(directory), "ANSIBLE_NOCOLOR": "1", "PATH": path}
+    command = [str(Path(sys.executable).parent / "ansible-playbook"), "-i", "hosts.yml", "play.yml", *arguments]
     result = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=False)
-    output = " ".join((result.stdout + result.stderr).split())
-    assert (directory / "found.yml").exists(), output
-    return output, yaml.safe_load((directory / "found.yml").read_text())
+    return " ".join((result.stdout + result.stderr).split())
+
+
+@pytest.fixture(scope="module")
+def played(installed: Path) -> tuple[str, dict[str, Any]]:
+    """What a play over the collection's own entry points said, and what it found."""
+    output = play(installed, PLAYBOOK)
+    assert (installed / "found.yml").exists(), output
+    return output, yaml.safe_load((installed / "found.yml").read_text())
 
 
 def test_a_role_with_its_declaration_is_a_component(played: tuple[str, dict[str, Any]]) -> None:
@@ -89,6 +112,17 @@ def test_its_inputs_are_checked_before_the_first_change(played: tuple[str, dict[
 
 def test_no_two_components_listen_on_one_port(played: tuple[str, dict[str, Any]]) -> None:
     assert "allowed are different ports on the host's loopback address" in played[0]
+
+
+def test_its_project_and_units_are_written_with_the_shared_templates(installed: Path) -> None:
+    """As the role's tasks find them, from another role's: the search path for templates is Ansible's own here."""
+    output = play(installed, DRY_PLAYBOOK, "--check", "--diff")
+    assert "failed=0" in output, output
+    for line in (
+        *("image: registry.example.com/vectors:1.2", 'networks: ["data", "monitor"]', "+ read_only: true", "+ tmpfs: [/tmp]", "+ cap_drop: [ALL]"),
+        *("name: agent-stack-monitor", "+ProtectSystem=strict", "+RestrictAddressFamilies=AF_UNIX", "+OnCalendar=daily"),
+    ):
+        assert line in output, output
 
 
 def declare(directory: Path, **components: str) -> Path:
