@@ -16,7 +16,7 @@ import pytest
 from fastapi import Depends, FastAPI, Request, Response
 from pydantic import SecretStr
 
-from agent import auth
+from agent.access import auth
 from agent.access.auth import KEY, Authenticate, Authenticator, KeyRing, Limits, Principal, authenticate
 from agent.api.middleware import Observe, error_response
 from agent.errors import ServiceError

@@ -15,7 +15,7 @@ import pytest
 from redis import Redis as RedisClient
 from redis.exceptions import NoPermissionError
 
-from agent import rate_limit
+from agent.access import rate_limit
 from agent.access.auth import Limits, Principal
 from agent.access.rate_limit import BUCKET, MINUTE, Account, RateLimiter, Rates
 from agent.errors import RateLimited
