@@ -60,9 +60,7 @@ def test_what_is_forgotten_is_kept_no_longer() -> None:
     on_board(test)
 
 
-@pytest.mark.parametrize(
-    ("limit", "seconds", "left"), [(3, 60.0, ["2", "3", "4"]), (10, 60.0, ["0", "1", "2", "3", "4"]), (10, -1.0, [])]
-)
+@pytest.mark.parametrize(("limit", "seconds", "left"), [(3, 60.0, ["2", "3", "4"]), (10, 60.0, ["0", "1", "2", "3", "4"]), (10, -1.0, [])])
 def test_only_the_newest_are_kept(monkeypatch: pytest.MonkeyPatch, limit: int, seconds: float, left: list[str]) -> None:
     monkeypatch.setattr(boards, "MAX_KEPT_LOGS", limit)
     monkeypatch.setattr(boards, "KEEP_LOG_SECONDS", seconds)
@@ -97,12 +95,8 @@ def test_the_first_reason_to_stop_counts() -> None:
     on_board(test)
 
 
-@pytest.mark.parametrize(
-    ("error", "logged"), [(None, []), (StorageUnavailable(), []), (ValueError("x"), ["a task failed"])]
-)
-def test_work_that_nobody_waits_for_is_remembered_and_its_failure_logged(
-    caplog: pytest.LogCaptureFixture, error: Exception | None, logged: list[str]
-) -> None:
+@pytest.mark.parametrize(("error", "logged"), [(None, []), (StorageUnavailable(), []), (ValueError("x"), ["a task failed"])])
+def test_work_that_nobody_waits_for_is_remembered_and_its_failure_logged(caplog: pytest.LogCaptureFixture, error: Exception | None, logged: list[str]) -> None:
     async def work() -> None:
         if error is not None:
             raise error
