@@ -24,10 +24,7 @@ import pytest
 AGENT = Path(__file__).resolve().parents[1]
 MODEL_SERVER = AGENT.parents[1] / "tests" / "model_server" / "server.py"
 ODD_PASSWORD = r"""$a'b"c\d#e%f@g:h/i j${k}{{l}}&m=n;o"""
-REDIS_COMMANDS = (
-    "+ping +evalsha +script|load +pexpire +zadd +zcard +zrange +zrem +zremrangebyscore +hset +hdel +hgetall"
-    " +xadd +xread +expire"
-)
+REDIS_COMMANDS = "+ping +evalsha +script|load +pexpire +zadd +zcard +zrange +zrem +zremrangebyscore +hset +hdel +hgetall +xadd +xread +expire"
 PROXY_SECRET = "the-secret-that-nginx-sends"
 
 
@@ -127,9 +124,7 @@ class Postgres(Process):
         )
         self.start()
         with psycopg.connect(self.admin(), autocommit=True) as connection:
-            connection.execute(
-                psycopg.sql.SQL("CREATE ROLE agent LOGIN PASSWORD {}").format(psycopg.sql.Literal(ODD_PASSWORD))
-            )
+            connection.execute(psycopg.sql.SQL("CREATE ROLE agent LOGIN PASSWORD {}").format(psycopg.sql.Literal(ODD_PASSWORD)))
             connection.execute("CREATE DATABASE agent OWNER agent")
 
     def options(self) -> dict[str, Any]:
@@ -141,9 +136,7 @@ class Postgres(Process):
         return [self.program, "-D", str(self.directory / "data"), *(f"--{name}={settings[name]}" for name in settings)]
 
     def admin(self, database: str = "postgres") -> str:
-        return psycopg.conninfo.make_conninfo(
-            host=str(self.directory), port=self.port, user="postgres", dbname=database, connect_timeout=2
-        )
+        return psycopg.conninfo.make_conninfo(host=str(self.directory), port=self.port, user="postgres", dbname=database, connect_timeout=2)
 
     def answers(self) -> bool:
         try:
@@ -191,9 +184,7 @@ class Redis(Process):
         self.program = find_program("redis-server", "redis-server")
         digest = hashlib.sha256(ODD_PASSWORD.encode()).hexdigest()
         self.acl = self.directory / "users.acl"
-        self.acl.write_text(
-            f"user default off\nuser agent on #{digest} ~agent:* resetchannels -@all {REDIS_COMMANDS}\n"
-        )
+        self.acl.write_text(f"user default off\nuser agent on #{digest} ~agent:* resetchannels -@all {REDIS_COMMANDS}\n")
         self.start()
 
     def command(self) -> list[str]:
@@ -321,6 +312,4 @@ def environment(postgres: Postgres, redis: Redis, model: Model, directory: Path)
 
 
 def migrate(environ: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "agent.migrate"], env=environ, capture_output=True, text=True, timeout=90
-    )
+    return subprocess.run([sys.executable, "-m", "agent.migrate"], env=environ, capture_output=True, text=True, timeout=90)

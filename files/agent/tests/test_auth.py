@@ -247,9 +247,7 @@ def test_revoked_within_five_seconds_without_a_restart(environ: dict[str, str], 
 
 
 @pytest.mark.parametrize("how", ["stop", "freeze"])
-def test_postgres_away(
-    environ: dict[str, str], keys: Keys, migrated: Postgres, monkeypatch: pytest.MonkeyPatch, how: str
-) -> None:
+def test_postgres_away(environ: dict[str, str], keys: Keys, migrated: Postgres, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     key, unseen = (str(keys("create", name)["key"]) for name in ("ci", "unseen"))
     monkeypatch.setattr(auth, "AWAY_SECONDS", 8)
 
@@ -362,9 +360,7 @@ class TestKeys:
         assert sorted(entry["changed"] for entry in made) == [False, False, False, True]
         assert len(keys("list")["keys"]) == 1
 
-    def test_it_says_why_it_cannot(
-        self, environ: dict[str, str], program: Callable[..., subprocess.CompletedProcess[str]]
-    ) -> None:
+    def test_it_says_why_it_cannot(self, environ: dict[str, str], program: Callable[..., subprocess.CompletedProcess[str]]) -> None:
         for variable, value, error in (
             ("AGENT_POSTGRES_PORT", "1", "agent: cannot use the database: "),
             ("AGENT_POSTGRES_PORT", "x", "AGENT_POSTGRES_PORT='x'"),

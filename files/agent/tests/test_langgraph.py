@@ -189,8 +189,7 @@ def tables(pool: Pool) -> None:
     async def columns() -> dict[str, set[str]]:
         async with opened(pool) as saver:
             rows = await saver.database.rows(
-                "SELECT table_name, array_agg(column_name::text) AS names FROM information_schema.columns"
-                " WHERE table_name = ANY(%s) GROUP BY table_name",
+                "SELECT table_name, array_agg(column_name::text) AS names FROM information_schema.columns WHERE table_name = ANY(%s) GROUP BY table_name",
                 [list(_langgraph.CHECKPOINT_TABLES)],
             )
             return {row["table_name"]: set(row["names"]) for row in rows}
@@ -204,10 +203,7 @@ def migrations(pool: Pool) -> None:
 
     async def count() -> dict[str, int]:
         async with opened(pool) as saver:
-            [row] = await saver.database.rows(
-                "SELECT (SELECT count(*) FROM checkpoint_migrations) AS saver,"
-                " (SELECT count(*) FROM store_migrations) AS store"
-            )
+            [row] = await saver.database.rows("SELECT (SELECT count(*) FROM checkpoint_migrations) AS saver, (SELECT count(*) FROM store_migrations) AS store")
             return dict(row)
 
     assert asyncio.run(count()) == _langgraph.MIGRATIONS

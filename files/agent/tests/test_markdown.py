@@ -28,9 +28,7 @@ def render(tmp_path_factory: pytest.TempPathFactory) -> Render:
     node = find_program("node", "nodejs")
 
     def run(texts: list[str]) -> list[str]:
-        done = subprocess.run(
-            [node, str(RENDER), str(folder)], input=json.dumps(texts), capture_output=True, text=True, timeout=60
-        )
+        done = subprocess.run([node, str(RENDER), str(folder)], input=json.dumps(texts), capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         shown: list[str] = json.loads(done.stdout)
         return shown
@@ -56,8 +54,7 @@ BLOCKS = {
     "```\nopen": '<div className="code"><pre><code>open</code></pre></div>',
     "~~~\na\n```\n~~~": '<div className="code"><pre><code>a\n```</code></pre></div>',
     "| a | b |\n|---|---|\n| 1 |": (
-        '<div aria-label="Table" className="table"><table><thead><tr><th>a</th><th>b</th></tr></thead>'
-        "<tbody><tr><td>1</td><td></td></tr></tbody></table></div>"
+        '<div aria-label="Table" className="table"><table><thead><tr><th>a</th><th>b</th></tr></thead><tbody><tr><td>1</td><td></td></tr></tbody></table></div>'
     ),
     "a | b\nno table": "<p>a | b<br>no table</p>",
 }

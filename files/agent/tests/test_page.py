@@ -130,9 +130,7 @@ class TestFiles:
             kind = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}[name.rpartition(".")[2]]
             assert answer.headers["Content-Type"] == f"{kind}; charset=utf-8"
 
-    def test_one_file_that_changes_gives_all_of_them_new_names(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_one_file_that_changes_gives_all_of_them_new_names(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         shutil.copytree(PAGE, tmp_path / "page")
         monkeypatch.setattr("agent.api.page.resources.files", lambda package: tmp_path)
         _, same, _ = load()
@@ -537,10 +535,7 @@ class TestMarkdown:
         assert len(page.all(".answer hr")) == 1
 
     def test_links(self, page: Page) -> None:
-        text = (
-            "[docs](https://docs.example/a_b_(c)?x=1) and https://bare.example/x, "
-            "<https://angled.example/>, ![a picture](https://pictures.example/1.png)"
-        )
+        text = "[docs](https://docs.example/a_b_(c)?x=1) and https://bare.example/x, <https://angled.example/>, ![a picture](https://pictures.example/1.png)"
         assert self.answer(page, text, "a") == [
             "docs",
             "https://bare.example/x",
@@ -556,9 +551,7 @@ class TestMarkdown:
         assert {link.get_attribute("target") for link in links} == {"_blank"}
         assert page.all("#turns img") == []
 
-    @pytest.mark.parametrize(
-        "text", ["2 * 3 * 4", "snake_case_name", "a ** b ** c", "5 > 3 < 4", "~x~", "[a] (b)", "# "]
-    )
+    @pytest.mark.parametrize("text", ["2 * 3 * 4", "snake_case_name", "a ** b ** c", "5 > 3 < 4", "~x~", "[a] (b)", "# "])
     def test_what_is_no_markup_stays(self, page: Page, text: str) -> None:
         assert text.strip() in page.open().say(f"\n\nx {text}\n\n")
 

@@ -164,9 +164,7 @@ def test_a_missing_secret_file_is_named(environ: dict[str, str], tmp_path: Path)
         Settings.from_environment(environ | {"AGENT_REDIS_PASSWORD_FILE": str(tmp_path / "none")})
 
 
-@pytest.mark.parametrize(
-    "module", [["-m", "agent.migrate"], ["-m", "uvicorn", "--factory", "agent.app:from_environment"]]
-)
+@pytest.mark.parametrize("module", [["-m", "agent.migrate"], ["-m", "uvicorn", "--factory", "agent.app:from_environment"]])
 def test_the_programs_end_with_a_sentence(environ: dict[str, str], module: list[str]) -> None:
     settings = environ | {"AGENT_POSTGRES_PORT": "x", "PYTHONPATH": str(AGENT / "src")}
     run = subprocess.run([sys.executable, *module], env=settings, capture_output=True, text=True, timeout=60)

@@ -42,9 +42,7 @@ def imported(text: str) -> set[str]:
 
 def called(text: str) -> set[str]:
     names = {node.func for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)}
-    return {name.attr for name in names if isinstance(name, ast.Attribute)} | {
-        name.id for name in names if isinstance(name, ast.Name)
-    }
+    return {name.attr for name in names if isinstance(name, ast.Attribute)} | {name.id for name in names if isinstance(name, ast.Name)}
 
 
 def modules(folder: Path) -> dict[str, str]:

@@ -79,9 +79,7 @@ def test_a_turn(collector: Any, model: Model) -> None:
 
 
 def test_the_service_sends_its_turns(collector: Any, start_agent: Callable[..., Agent]) -> None:
-    service = start_agent(
-        AGENT_OTLP_ENDPOINT=f"http://127.0.0.1:{collector.server_port}", AGENT_SYSTEM_PROMPT="canary-prompt"
-    )
+    service = start_agent(AGENT_OTLP_ENDPOINT=f"http://127.0.0.1:{collector.server_port}", AGENT_SYSTEM_PROMPT="canary-prompt")
     answer = service.chat('canary-in [[tool calculator {"expression": "6*7000"}]]', "traced").json()
     service.stop(signal.SIGTERM)  # which sends what is left
     found = spans(collector)

@@ -149,9 +149,7 @@ async def _start(settings: Settings, tools: Toolbox, metrics: Metrics, stack: As
         tracing,
         limiter.finish,
     )
-    readiness = Readiness(
-        {"postgres": postgres_probe(pool), "redis": redis_probe(redis), "model": model_probe(settings, client)}, metrics
-    )
+    readiness = Readiness({"postgres": postgres_probe(pool), "redis": redis_probe(redis), "model": model_probe(settings, client)}, metrics)
     await engine.start()
     stack.push_async_callback(engine.close)
     return Services(

@@ -37,7 +37,7 @@ async def missing(connection: psycopg.AsyncConnection[DictRow]) -> list[str]:
         " (SELECT count(*) FROM checkpoint_migrations) AS saver, (SELECT count(*) FROM store_migrations) AS store"
     )
     row = await cursor.fetchone()
-    assert row is not None  # noqa: S101  a query without FROM has one row
+    assert row is not None  # a query without FROM has one row
     absent = sorted(migrations().keys() - set(row["own"] or ()))
     return absent + [name for name, count in MIGRATIONS.items() if row[name] < count]
 
@@ -61,9 +61,7 @@ async def migrate(settings: PostgresSettings) -> int:
 
 
 async def _apply_own(connection: psycopg.AsyncConnection[DictRow]) -> int:
-    await connection.execute(
-        "CREATE TABLE IF NOT EXISTS agent_migrations (name text PRIMARY KEY, applied timestamptz DEFAULT now())"
-    )
+    await connection.execute("CREATE TABLE IF NOT EXISTS agent_migrations (name text PRIMARY KEY, applied timestamptz DEFAULT now())")
     present = {row["name"] async for row in await connection.execute("SELECT name FROM agent_migrations")}
     wanted = {name: text for name, text in migrations().items() if name not in present}
     for name, text in wanted.items():

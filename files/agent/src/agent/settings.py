@@ -107,10 +107,7 @@ _LABEL = "[A-Za-z0-9](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9])?"
 _HOST_NAME = rf"(?:{_LABEL}[.])*[A-Za-z](?:[A-Za-z0-9_-]{{0,61}}[A-Za-z0-9])?"
 _OCTET = "(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
 _URL = rf"https?://(?:{_HOST_NAME}|{_OCTET}(?:[.]{_OCTET}){{3}})(?::{up_to(65_535)})?(?:/[A-Za-z0-9._~%+:@=/-]*)?"
-_RATE = (
-    f"{up_to(100_000)}/(?:second|minute|hour|day|{up_to(86_400)} seconds?|{up_to(1440)} minutes?"
-    f"|{up_to(24)} hours?|1 day)"
-)
+_RATE = f"{up_to(100_000)}/(?:second|minute|hour|day|{up_to(86_400)} seconds?|{up_to(1440)} minutes?|{up_to(24)} hours?|1 day)"
 _HTTP = "an http or https URL, http(s)://host[:port][/path]"
 
 Host = Annotated[str, Form("[A-Za-z0-9._:-]{1,255}", "a host name or an address")]
@@ -184,34 +181,24 @@ class Settings(PostgresSettings):
 
     workers: int = _whole(2, 1, 64, "Processes that answer requests. They share everything through Postgres and Redis.")
     # Without it nobody can speak for a user, and only API keys are let in.
-    proxy_secret: SecretStr | None = _setting(
-        None, SECRET_FILE, doc="What nginx proves with that it is the proxy. Generated if not given."
-    )
+    proxy_secret: SecretStr | None = _setting(None, SECRET_FILE, doc="What nginx proves with that it is the proxy. Generated if not given.")
 
     model_base_url: Url = _setting(
         "http://gateway.inference.internal:8000/v1",
-        doc="Base URL of an OpenAI-compatible server to use instead of the stack's own vLLM, such as"
-        " `https://api.openai.com/v1`. Empty is vLLM.",
+        doc="Base URL of an OpenAI-compatible server to use instead of the stack's own vLLM, such as `https://api.openai.com/v1`. Empty is vLLM.",
     )
     model_name: Name = _setting(
         "agent-model",
         doc="Name of the model at `agent_model_url`. Empty is `vllm_served_name`.",
     )
-    model_api_key: SecretStr | None = _setting(
-        None, SECRET_FILE, doc="API key for `agent_model_url`. Keep it in a vault. Empty sends none."
-    )
+    model_api_key: SecretStr | None = _setting(None, SECRET_FILE, doc="API key for `agent_model_url`. Keep it in a vault. Empty sends none.")
     model_extra_body: Annotated[dict[str, Any], BeforeValidator(_json)] = _setting(
         {},
         "a JSON object",
-        doc="Parameters of the server's own that go with every request, such as"
-        ' `{"chat_template_kwargs":{"enable_thinking":false}}`.',
+        doc='Parameters of the server\'s own that go with every request, such as `{"chat_template_kwargs":{"enable_thinking":false}}`.',
     )
-    model_hold_seconds: float = _seconds(
-        300, 0, 3600, "How long a turn waits for a model that is away (restart, swap) before it fails with 503."
-    )
-    max_tokens: int = _whole(
-        1024, 1, 131_072, "Longest answer of the model, in tokens. At least 256 less than `agent_context_tokens`."
-    )
+    model_hold_seconds: float = _seconds(300, 0, 3600, "How long a turn waits for a model that is away (restart, swap) before it fails with 503.")
+    max_tokens: int = _whole(1024, 1, 131_072, "Longest answer of the model, in tokens. At least 256 less than `agent_context_tokens`.")
     context_tokens: int = _whole(
         8192,
         512,
@@ -234,16 +221,10 @@ class Settings(PostgresSettings):
         le=2,
         allow_inf_nan=False,
     )
-    turn_timeout_seconds: float = _seconds(
-        330, 1, 3600, "Time for one turn, tools and waiting included. nginx must wait longer than this."
-    )
-    turn_tokens: int = _whole(
-        0, 0, 100_000_000, "Tokens that one turn may use in all its model calls. 0 is no limit.", zero="no limit"
-    )
+    turn_timeout_seconds: float = _seconds(330, 1, 3600, "Time for one turn, tools and waiting included. nginx must wait longer than this.")
+    turn_tokens: int = _whole(0, 0, 100_000_000, "Tokens that one turn may use in all its model calls. 0 is no limit.", zero="no limit")
     turn_tool_calls: int = _whole(32, 1, 1000, "Tool calls that one turn may make.")
-    recursion_limit: int = _whole(
-        25, 2, 200, "Steps that one turn may take. Two are a call of the model and of its tools."
-    )
+    recursion_limit: int = _whole(25, 2, 200, "Steps that one turn may take. Two are a call of the model and of its tools.")
     max_message_chars: int = _whole(16_000, 1, 60_000, "Longest message, in characters.")
     rate_limit: Rate = _setting(
         "60/minute",
@@ -254,8 +235,7 @@ class Settings(PostgresSettings):
         0,
         0,
         100_000_000,
-        "Tokens that each user or API key may use in a minute; counted after a turn, so that the last one may go"
-        " beyond. 0 is no limit.",
+        "Tokens that each user or API key may use in a minute; counted after a turn, so that the last one may go beyond. 0 is no limit.",
         zero="no limit",
     )
     concurrent_runs: int = _whole(
@@ -274,22 +254,16 @@ class Settings(PostgresSettings):
     fetch_allow: Annotated[tuple[HostPattern, ...], BeforeValidator(_words)] = _setting(
         (),
         "host names, *.domain for all below a domain or * for all, separated by commas",
-        doc="Hosts that the fetch tool may read pages from, as names, `*.example.com` for all below a domain, or `*`."
-        " Empty means that there is no such tool.",
+        doc="Hosts that the fetch tool may read pages from, as names, `*.example.com` for all below a domain, or `*`. Empty means that there is no such tool.",
     )
-    memory_enabled: bool = _setting(
-        False, "true or false", doc="Give the agent tools that keep notes on each user across threads."
-    )
+    memory_enabled: bool = _setting(False, "true or false", doc="Give the agent tools that keep notes on each user across threads.")
     # Every *.py file named in `tools` is loaded from this directory.
     tools_dir: Path = _setting(Path("/etc/agent/tools"), "a directory")
-    tools: Annotated[tuple[ToolName, ...], BeforeValidator(_words)] = _setting(
-        (), "names of files in AGENT_TOOLS_DIR without .py, separated by commas"
-    )
+    tools: Annotated[tuple[ToolName, ...], BeforeValidator(_words)] = _setting((), "names of files in AGENT_TOOLS_DIR without .py, separated by commas")
     mcp_servers: Annotated[dict[ServerName, Url], BeforeValidator(_json)] = _setting(
         {},
         'a JSON object {"name": "http(s)://host[:port][/path]"}, names of 1 to 16 characters a-z 0-9',
-        doc="MCP servers (streamable HTTP) whose tools the agent offers too, as a name of 1 to 16 characters `a-z0-9`"
-        " and a URL.",
+        doc="MCP servers (streamable HTTP) whose tools the agent offers too, as a name of 1 to 16 characters `a-z0-9` and a URL.",
     )
     tools_approval: Annotated[tuple[ToolPattern, ...], BeforeValidator(_words)] = _setting(
         (),
@@ -297,9 +271,7 @@ class Settings(PostgresSettings):
         doc="Names of tools that wait for a person's approval, `*` for any characters.",
     )
     tool_timeout_seconds: float = _seconds(30, 1, 3600, "Time for one tool call.")
-    tool_result_chars: int = _whole(
-        12_000, 200, 1_000_000, "Longest result of a tool that the model is given, in characters."
-    )
+    tool_result_chars: int = _whole(12_000, 200, 1_000_000, "Longest result of a tool that the model is given, in characters.")
     otlp_endpoint: Url | None = _setting(
         None,
         f"{_HTTP}, or nothing for no tracing",
@@ -317,12 +289,8 @@ class Settings(PostgresSettings):
 class RetentionSettings(PostgresSettings):
     """What `python -m agent.retention` needs."""
 
-    retention_days: int = _whole(
-        30, 0, 36_500, "Threads that nobody used for so many days are deleted. 0 is never.", zero="never"
-    )
-    retention_checkpoints: int = _whole(
-        20, 0, 100_000, "Checkpoints that stay of the history of every other thread. 0 is all.", zero="all"
-    )
+    retention_days: int = _whole(30, 0, 36_500, "Threads that nobody used for so many days are deleted. 0 is never.", zero="never")
+    retention_checkpoints: int = _whole(20, 0, 100_000, "Checkpoints that stay of the history of every other thread. 0 is all.", zero="all")
 
 
 def allowed(info: FieldInfo) -> str:

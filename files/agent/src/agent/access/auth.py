@@ -159,8 +159,7 @@ class KeyRing:
     async def _query(self, started: float) -> None:
         async with self._pool.connection(timeout=LOAD_SECONDS) as connection:
             cursor = await connection.execute(
-                "SELECT hash, name, requests_per_minute, tokens_per_minute, concurrent_runs"
-                " FROM api_keys WHERE revoked_at IS NULL"
+                "SELECT hash, name, requests_per_minute, tokens_per_minute, concurrent_runs FROM api_keys WHERE revoked_at IS NULL"
             )
             rows = await cursor.fetchall()
             if started < self._loaded_at:

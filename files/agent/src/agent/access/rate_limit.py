@@ -347,9 +347,7 @@ class RateLimiter:
                 # Redis may have forgotten something too. Its own clock decides nothing, so all of it can be told again.
                 self._missed.update(self._accounts)
                 try:
-                    await self._call(
-                        self._report_script, self._keys("probe"), [_update(tokens=[(f"0:{self._worker}", 0)])]
-                    )
+                    await self._call(self._report_script, self._keys("probe"), [_update(tokens=[(f"0:{self._worker}", 0)])])
                     for _ in range(3):
                         await self._report()
                         if not self._missed:
@@ -380,10 +378,7 @@ class RateLimiter:
                     part, requests = requests[:MAX_ENTRIES], requests[MAX_ENTRIES:]
                     await self._call(self._report_script, self._keys(name), [_update(account, requests=part)])
                 charged, ended = set(account.charged), set(account.ended)
-                tokens = [
-                    (f"{start}:{self._worker}", account.tokens[start])
-                    for start in (account.tokens if name in missed else charged)
-                ]
+                tokens = [(f"{start}:{self._worker}", account.tokens[start]) for start in (account.tokens if name in missed else charged)]
                 runs = [(end, run) for run, end in account.runs.items()] if name in missed else []
                 keys += self._keys(name)
                 args.append(_update(account, requests=requests, tokens=tokens, runs=runs, ended=ended))

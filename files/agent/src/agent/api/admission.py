@@ -16,9 +16,7 @@ from agent.storage.postgres import bounded
 SUBMIT_SECONDS = 8.0
 
 
-async def submit(
-    request: Request, thread_id: str | None, run_input: RunInput, options: RunOptions | None = None, **more: Any
-) -> Run:
+async def submit(request: Request, thread_id: str | None, run_input: RunInput, options: RunOptions | None = None, **more: Any) -> Run:
     """Count a run for the caller and submit it; the rest is as Engine.submit takes it. Raises RateLimited too."""
     principal: Principal = request.state.principal
     worker = services(request)

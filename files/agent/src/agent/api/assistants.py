@@ -47,11 +47,7 @@ def describe() -> dict[str, Any]:
 
 
 def fits(asked: AssistantSearch | AssistantCount) -> bool:
-    return (
-        asked.graph_id in (None, GRAPH_ID)
-        and asked.name in (None, GRAPH_ID)
-        and (asked.metadata or {}).items() <= ASSISTANT_METADATA.items()
-    )
+    return asked.graph_id in (None, GRAPH_ID) and asked.name in (None, GRAPH_ID) and (asked.metadata or {}).items() <= ASSISTANT_METADATA.items()
 
 
 @router.post("/search", response_model=list[Assistant])

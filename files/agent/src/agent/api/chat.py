@@ -32,10 +32,7 @@ class ChatRequest(BaseModel):
 
     message: Annotated[str, Field(description="Not blank.", json_schema_extra={"pattern": NOT_BLANK})]
     thread_id: Annotated[str, Field(pattern=THREAD_ID)] | None = None
-    turn_id: (
-        Annotated[str, Field(pattern=TURN_ID, description="A second request with the same one adds no second turn.")]
-        | None
-    ) = None
+    turn_id: Annotated[str, Field(pattern=TURN_ID, description="A second request with the same one adds no second turn.")] | None = None
 
 
 class ChatAnswer(BaseModel):
@@ -57,9 +54,7 @@ async def chat(request: Request) -> Response:
     run = await _submit(request, asked, RunOptions(waited=True, history="turn"))
     if not run.final:
         settings = services(request).settings
-        run = await services(request).followers.wait(
-            owner(request), run.run_id, settings.turn_timeout_seconds + GRACE_SECONDS
-        )
+        run = await services(request).followers.wait(owner(request), run.run_id, settings.turn_timeout_seconds + GRACE_SECONDS)
     if run.status != "success":
         raise failure_of(run)
     result = run.result or {}

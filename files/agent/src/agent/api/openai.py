@@ -181,9 +181,7 @@ async def get_model(model: ModelPath) -> Json:
         **{status: {} for status in (404, 409, 429, 502, 504)},
     },
 )
-async def complete(
-    request: Request, asked: Completion, thread_id: ThreadHeader = None, turn_id: TurnId = None
-) -> Response:
+async def complete(request: Request, asked: Completion, thread_id: ThreadHeader = None, turn_id: TurnId = None) -> Response:
     """Ask the agent. With X-Thread-Id only the last question is sent, to that thread, which remembers the rest."""
     _check_model(asked.model)
     given = _messages(asked, services(request).settings.max_message_chars)
@@ -234,9 +232,7 @@ def _messages(asked: Completion, longest: int) -> list[dict[str, Any]]:
 
 def _parameters(asked: Completion, most_tokens: int) -> dict[str, Any]:
     """What the model is to be told, in its own words."""
-    named = asked.model_dump(
-        include={"temperature", "top_p", "frequency_penalty", "presence_penalty", "seed", "stop"}, exclude_none=True
-    )
+    named = asked.model_dump(include={"temperature", "top_p", "frequency_penalty", "presence_penalty", "seed", "stop"}, exclude_none=True)
     limits = [limit for limit in (asked.max_completion_tokens, asked.max_tokens) if limit]
     return named | ({"max_completion_tokens": min(*limits, most_tokens)} if limits else {})
 
@@ -341,9 +337,7 @@ def openai_error(error: ServiceError) -> Json:
 def _describe(error: ServiceError) -> dict[str, Any]:
     kind = "server_error" if error.status >= 500 else TYPES.get(error.status, "invalid_request_error")
     param = error.param if isinstance(error, NotSupported) else None
-    return {
-        "error": {"message": error.message, "type": kind, "param": param, "code": CODES.get(error.code, error.code)}
-    }
+    return {"error": {"message": error.message, "type": kind, "param": param, "code": CODES.get(error.code, error.code)}}
 
 
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}

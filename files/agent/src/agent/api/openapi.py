@@ -47,9 +47,7 @@ ALWAYS = (401, 500, 503)
 def describe(app: FastAPI) -> dict[str, Any]:
     """The document, made once."""
     if app.openapi_schema is None:
-        app.openapi_schema = _complete(
-            get_openapi(title="agent", version=API_VERSION, description=DESCRIPTION, routes=app.routes)
-        )
+        app.openapi_schema = _complete(get_openapi(title="agent", version=API_VERSION, description=DESCRIPTION, routes=app.routes))
     return app.openapi_schema
 
 
@@ -91,9 +89,7 @@ def _tell_failures(path: str, operation: dict[str, Any]) -> None:
         content = {"application/json": {"schema": {"$ref": REFERENCE.format(model=schema)}}}
         responses[str(status)] = {"description": SAYS[status], "content": content}
         if status in (429, 503):
-            responses[str(status)]["headers"] = {
-                "Retry-After": {"required": True, "schema": {"type": "integer", "minimum": 1}}
-            }
+            responses[str(status)]["headers"] = {"Retry-After": {"required": True, "schema": {"type": "integer", "minimum": 1}}}
 
 
 def allowed(app: FastAPI, path: str) -> list[str]:

@@ -45,13 +45,9 @@ ALL_MODES: tuple[StreamMode, ...] = ("values", "updates", "messages-tuple", "cus
 # Above what any service allows. A client may write a number that no column holds.
 MAX_STEPS = 10_000
 NEW: dict[int | str, dict[str, Any]] = {404: {}, 409: {}, 429: {}}
-STATE: dict[int | str, dict[str, Any]] = {
-    200: {"description": "The thread's values, or `__error__` with what went wrong."}
-}
+STATE: dict[int | str, dict[str, Any]] = {200: {"description": "The thread's values, or `__error__` with what went wrong."}}
 
-LastEventId = Annotated[
-    str, Header(alias="Last-Event-ID", pattern=r"^(-?[0-9]{1,18})?$", description="Only what came after this one.")
-]
+LastEventId = Annotated[str, Header(alias="Last-Event-ID", pattern=r"^(-?[0-9]{1,18})?$", description="Only what came after this one.")]
 
 
 # Runs on a thread
@@ -123,16 +119,12 @@ async def join_run_stream(
 ) -> Live:
     """Tell what happened since Last-Event-ID, as far as it is kept, and what happens, in the modes the run has."""
     run = await _find(request, thread_id, run_id)
-    modes = tuple(mode for mode in stream_mode or () if mode) or tuple(
-        mode for mode in ALL_MODES if streams.SOURCES[mode] in run.options.stream
-    )
+    modes = tuple(mode for mode in stream_mode or () if mode) or tuple(mode for mode in ALL_MODES if streams.SOURCES[mode] in run.options.stream)
     return _stream(request, run, modes, max(0, int(last_event_id or 0)), cancel=cancel_on_disconnect)
 
 
 @router.post("/threads/{thread_id}/runs/{run_id:uuid}/cancel", status_code=204, responses={404: {}})
-async def cancel_run(
-    request: Request, thread_id: ThreadPath, run_id: RunPath, wait: bool = False, action: CancelAction = "interrupt"
-) -> Response:
+async def cancel_run(request: Request, thread_id: ThreadPath, run_id: RunPath, wait: bool = False, action: CancelAction = "interrupt") -> Response:
     """Stop a run. `rollback` also deletes it, and what it put into the thread."""
     await _find(request, thread_id, run_id)
     await services(request).engine.cancel(owner(request), str(run_id), wait=wait, rollback=action == "rollback")
@@ -324,9 +316,7 @@ def describe_run(run: StoredRun) -> dict[str, Any]:
     }
 
 
-def _stream(
-    request: Request, run: StoredRun, modes: tuple[StreamMode, ...], after: int = 0, *, cancel: bool = False
-) -> Live:
+def _stream(request: Request, run: StoredRun, modes: tuple[StreamMode, ...], after: int = 0, *, cancel: bool = False) -> Live:
     # The client asks there again with no word on the modes, so they are in the address.
     location = f"{_path(run)}/stream?{urlencode([('stream_mode', mode) for mode in modes])}"
     return event_stream(

@@ -71,9 +71,7 @@ def _message(whole: AIMessageChunk) -> dict[str, Any]:
     return message_chunk_to_message(whole).model_dump()
 
 
-async def translate(
-    events: AsyncIterator[Event], modes: Sequence[str], run_id: str, after: int
-) -> AsyncGenerator[bytes]:
+async def translate(events: AsyncIterator[Event], modes: Sequence[str], run_id: str, after: int) -> AsyncGenerator[bytes]:
     """The server-sent events with a number above `after`.
 
     An event of a run may become several. Only the last one carries the number, so that a stream that broke between
@@ -88,9 +86,7 @@ async def translate(
             yield sse(name, data, str(event.id) if index == len(translated) else None)
 
 
-def _translate(
-    event: Event, modes: Sequence[str], whole: WholeMessages | None, run_id: str
-) -> Sequence[tuple[str, Any]]:
+def _translate(event: Event, modes: Sequence[str], whole: WholeMessages | None, run_id: str) -> Sequence[tuple[str, Any]]:
     kind, _, namespace = event.event.partition("|")
     match kind:
         case "metadata":
@@ -110,9 +106,7 @@ def _translate(
     return []
 
 
-async def stream(
-    followers: Followers, owner: str, run_id: str, modes: Sequence[str], after: int = 0
-) -> AsyncGenerator[bytes]:
+async def stream(followers: Followers, owner: str, run_id: str, modes: Sequence[str], after: int = 0) -> AsyncGenerator[bytes]:
     # Whole messages are made of their first pieces too, so those are read again.
     start = 0 if "messages" in modes else after
     async with aclosing(followers.events(owner, run_id, start)) as events:

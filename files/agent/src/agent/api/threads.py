@@ -57,9 +57,7 @@ OUR_METADATA = {"graph_id": GRAPH_ID, "assistant_id": ASSISTANT_ID}
 
 @router.post("", response_model=Thread, responses={404: {}, 409: {}})
 async def create_thread(request: Request, asked: ThreadCreate) -> Json:
-    thread = await services(request).threads.create(
-        owner(request), asked.thread_id, _own(asked.metadata), if_exists=asked.if_exists
-    )
+    thread = await services(request).threads.create(owner(request), asked.thread_id, _own(asked.metadata), if_exists=asked.if_exists)
     return Json(await _thread(request, thread))
 
 
@@ -98,9 +96,7 @@ async def get_thread(request: Request, thread_id: ThreadPath) -> Json:
 
 
 @router.patch("/{thread_id}", response_model=Thread, responses={204: {"description": "Done."}, 404: {}})
-async def update_thread(
-    request: Request, thread_id: ThreadPath, asked: ThreadUpdate, prefer: Annotated[str | None, Header()] = None
-) -> Response:
+async def update_thread(request: Request, thread_id: ThreadPath, asked: ThreadUpdate, prefer: Annotated[str | None, Header()] = None) -> Response:
     thread = await services(request).threads.update(owner(request), thread_id, _own(asked.metadata))
     if prefer == "return=minimal":
         return Response(status_code=204)
@@ -153,9 +149,7 @@ async def update_state(request: Request, thread_id: ThreadPath, asked: StateUpda
     if checkpoint_id:
         await _state_at(request, thread_id, checkpoint_id)
     try:
-        written = await services(request).engine.update_state(
-            owner(request), thread_id, _values(asked.values), asked.as_node, checkpoint_id
-        )
+        written = await services(request).engine.update_state(owner(request), thread_id, _values(asked.values), asked.as_node, checkpoint_id)
     except InvalidUpdateError:
         raise StateConflict("As the thread stands it is not clear whose step this is: give as_node.") from None
     except (InvalidRequest, LookupError):  # such as a message to remove that is not there

@@ -36,10 +36,7 @@ def read_message(body: bytes) -> AIMessage:
         choice = answer["choices"][0]
         sent = choice["message"]
         text = _text(sent.get("content"))
-        calls = [
-            _Call(call.get("id"), call["function"]["name"], call["function"].get("arguments"))
-            for call in sent.get("tool_calls") or ()
-        ]
+        calls = [_Call(call.get("id"), call["function"]["name"], call["function"].get("arguments")) for call in sent.get("tool_calls") or ()]
         return AIMessage(
             content=text,
             id=f"lc_run--{uuid4()}",
@@ -128,8 +125,7 @@ class AnswerStream:
         return AIMessageChunk(
             content="",
             tool_call_chunks=[
-                tool_call_chunk(name=call["name"], args=orjson.dumps(call["args"]).decode(), id=call["id"], index=index)
-                for index, call in enumerate(calls)
+                tool_call_chunk(name=call["name"], args=orjson.dumps(call["args"]).decode(), id=call["id"], index=index) for index, call in enumerate(calls)
             ],
             usage_metadata=usage,
             response_metadata=metadata,

@@ -61,10 +61,7 @@ def _shorten(turn: Sequence[AnyMessage], counts: list[int], budget: int) -> Sequ
             longest = max(share, SHORTEST_RESULT_TOKENS)
             break
         room -= size
-    return [
-        _cut(message, longest) if isinstance(message, ToolMessage) and size > longest else message
-        for message, size in zip(turn, counts, strict=True)
-    ]
+    return [_cut(message, longest) if isinstance(message, ToolMessage) and size > longest else message for message, size in zip(turn, counts, strict=True)]
 
 
 def _cut(message: ToolMessage, tokens: int) -> ToolMessage:

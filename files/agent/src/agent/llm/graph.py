@@ -107,11 +107,7 @@ class Steps:
         return "tools" if isinstance(message, AIMessage) and message.tool_calls else "__end__"
 
     def _check_tokens(self, turn: Sequence[AnyMessage]) -> None:
-        used = sum(
-            message.usage_metadata["total_tokens"]
-            for message in turn
-            if isinstance(message, AIMessage) and message.usage_metadata
-        )
+        used = sum(message.usage_metadata["total_tokens"] for message in turn if isinstance(message, AIMessage) and message.usage_metadata)
         if used >= self._settings.turn_tokens:
             raise TooManySteps("The agent found no answer within the number of tokens it may use.")
 

@@ -180,9 +180,7 @@ class _Patience:
             if isinstance(error, ConnectError) or (isinstance(error, Refused) and error.status in AWAY):
                 if await self._hold(error):
                     return
-            elif not self._retried and (
-                isinstance(error, BrokenError) or (isinstance(error, Refused) and error.status >= 500)
-            ):
+            elif not self._retried and (isinstance(error, BrokenError) or (isinstance(error, Refused) and error.status >= 500)):
                 self._retried = True
                 await asyncio.sleep(RETRY_SECONDS)
                 return

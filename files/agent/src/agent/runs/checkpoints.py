@@ -60,11 +60,7 @@ class ThreadSaver(AsyncPostgresSaver):
         configurable = config["configurable"]
         key = [configurable["thread_id"], configurable.get("checkpoint_ns", "")]
         checkpoint_id = get_checkpoint_id(config)
-        rows = await (
-            self.database.run(EXACT, [*key, checkpoint_id], binary=True)
-            if checkpoint_id
-            else self.database.run(LATEST, key, binary=True)
-        )
+        rows = await (self.database.run(EXACT, [*key, checkpoint_id], binary=True) if checkpoint_id else self.database.run(LATEST, key, binary=True))
         if not rows:
             return None
         if rows[0]["checkpoint"]["v"] < INLINE_VERSION:
@@ -207,9 +203,7 @@ class RunSaver(BaseCheckpointSaver[str]):
                 await self._flush()
         return {"configurable": {**configurable, "checkpoint_ns": ns, "checkpoint_id": checkpoint_id}}
 
-    async def aput_writes(
-        self, config: RunnableConfig, writes: Sequence[tuple[str, Any]], task_id: str, task_path: str = ""
-    ) -> None:
+    async def aput_writes(self, config: RunnableConfig, writes: Sequence[tuple[str, Any]], task_id: str, task_path: str = "") -> None:
         configurable = config["configurable"]
         ns, checkpoint_id = configurable.get("checkpoint_ns", ""), configurable["checkpoint_id"]
         for index, (channel, value) in enumerate(writes):

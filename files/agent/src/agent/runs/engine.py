@@ -209,9 +209,7 @@ class Engine:
 
     # Threads and their runs
 
-    async def list(
-        self, owner: str, thread_id: str, limit: int = 10, offset: int = 0, status: str | None = None
-    ) -> list[Run]:
+    async def list(self, owner: str, thread_id: str, limit: int = 10, offset: int = 0, status: str | None = None) -> list[Run]:
         """Newest first. Raises NotFound for a foreign thread."""
         await self._check_owner(owner, thread_id)
         return await self._ledger.list(thread_id, (status,) if status else None, limit, offset)

@@ -132,14 +132,9 @@ class EventStreams:
     async def read(self, run_id: str, after: int) -> list[Event]:
         """The events after this one; empty where there was none for BLOCK_SECONDS. Raises RedisError or OSError."""
         async with asyncio.timeout(BLOCK_SECONDS + WRITE_SECONDS):
-            answer: Any = await self._redis.xread(
-                {_key(run_id): f"{after}-0"}, count=500, block=int(BLOCK_SECONDS * 1000)
-            )
+            answer: Any = await self._redis.xread({_key(run_id): f"{after}-0"}, count=500, block=int(BLOCK_SECONDS * 1000))
         entries: list[tuple[bytes, dict[bytes, bytes]]] = [entry for _, found in answer or () for entry in found]
-        return [
-            Event(int(number.partition(b"-")[0]), fields[b"e"].decode(), orjson.loads(fields[b"d"]))
-            for number, fields in entries
-        ]
+        return [Event(int(number.partition(b"-")[0]), fields[b"e"].decode(), orjson.loads(fields[b"d"])) for number, fields in entries]
 
     async def _write_for_ever(self) -> None:
         while True:

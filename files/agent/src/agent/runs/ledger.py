@@ -22,10 +22,7 @@ from agent.storage.postgres import Database
 logger = logging.getLogger(__name__)
 
 LISTENER = "agent-"
-RUN = (
-    "run_id::text, thread_id, owner, turn_id, status, attempt, first_attempt, cancel, input, options, result, error,"
-    " created_at, updated_at"
-)
+RUN = "run_id::text, thread_id, owner, turn_id, status, attempt, first_attempt, cancel, input, options, result, error, created_at, updated_at"
 
 
 class Ledger:
@@ -103,9 +100,7 @@ class Ledger:
         )
         return [row["thread_id"] for row in rows]
 
-    async def claim_left(
-        self, mine: Sequence[str], deaf_seconds: float, dead_seconds: float, limit: int, *, others: bool
-    ) -> list[Run]:
+    async def claim_left(self, mine: Sequence[str], deaf_seconds: float, dead_seconds: float, limit: int, *, others: bool) -> list[Run]:
         """Take runs whose worker is dead, and those that are this worker's but not in `mine`: it forgot them.
 
         A worker that was killed is not only silent: its connection that listens is gone too, and then fewer missed
@@ -218,9 +213,7 @@ class Ledger:
 
     # Reading
 
-    async def list(
-        self, thread_id: str, statuses: Sequence[str] | None, limit: int, offset: int, *, oldest_first: bool = False
-    ) -> list[Run]:
+    async def list(self, thread_id: str, statuses: Sequence[str] | None, limit: int, offset: int, *, oldest_first: bool = False) -> list[Run]:
         order: LiteralString = "ASC" if oldest_first else "DESC"
         query: LiteralString = (
             f"SELECT {RUN} FROM runs WHERE thread_id = %s AND (%s::text[] IS NULL OR status = ANY(%s::text[]))"
@@ -230,9 +223,7 @@ class Ledger:
         return [_run(row) for row in await self._database.rows(query, [thread_id, listed, listed, limit, offset])]
 
     async def delete(self, run_id: str) -> bool:
-        query: LiteralString = (
-            "DELETE FROM runs WHERE run_id = %s AND status NOT IN ('pending', 'running') RETURNING run_id"
-        )
+        query: LiteralString = "DELETE FROM runs WHERE run_id = %s AND status NOT IN ('pending', 'running') RETURNING run_id"
         return bool(await self._database.rows(query, [run_id]))
 
     async def delete_thread(self, owner: str, thread_id: str) -> bool:
@@ -278,8 +269,7 @@ class Ledger:
 
     async def counts(self) -> dict[str, int]:
         rows = await self._database.rows(
-            "SELECT (SELECT count(*) FROM runs WHERE status = 'pending') AS pending,"
-            " (SELECT count(*) FROM runs WHERE status = 'running') AS running"
+            "SELECT (SELECT count(*) FROM runs WHERE status = 'pending') AS pending, (SELECT count(*) FROM runs WHERE status = 'running') AS running"
         )
         return dict(rows[0])
 

@@ -74,9 +74,7 @@ class RunOptions:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "RunOptions":
         names = {item.name for item in fields(cls)}
-        known: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if name in names
-        }
+        known: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if name in names}
         return cls(**known)
 
 

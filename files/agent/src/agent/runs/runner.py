@@ -119,13 +119,9 @@ class Runner:
     async def _attempt(self, active: ActiveRun) -> Run | None:
         run = active.run
         if run.options.stream:
-            self._publish(
-                active, "metadata", {"run_id": run.run_id, "thread_id": run.thread_id, "attempt": run.attempt}
-            )
+            self._publish(active, "metadata", {"run_id": run.run_id, "thread_id": run.thread_id, "attempt": run.attempt})
         saver = self.saver(run)
-        attempt = Attempt(
-            run, self._graph, saver, self._config(active), frozenset(self._tools()), self._log(active), self._metrics
-        )
+        attempt = Attempt(run, self._graph, saver, self._config(active), frozenset(self._tools()), self._log(active), self._metrics)
         outcome, error = await self._work(active, attempt)
         if active.reason == "stop" and error is not None:
             await self._ledger.hand_back(run)

@@ -83,9 +83,7 @@ class Takeover:
                             await self._obey(stopped)
                 # After Postgres was away, the others must have had time to show that they live.
                 others = time.monotonic() > self._in_touch_since + DEAD_SECONDS
-                left = await self._ledger.claim_left(
-                    list(self._board.active), DEAF_SECONDS, DEAD_SECONDS, MAX_RUNNING, others=others
-                )
+                left = await self._ledger.claim_left(list(self._board.active), DEAF_SECONDS, DEAD_SECONDS, MAX_RUNNING, others=others)
                 for run in left:
                     extra = {"run_id": run.run_id, "thread_id": run.thread_id, "attempt": run.attempt}
                     logger.info("a run is taken over", extra=extra)

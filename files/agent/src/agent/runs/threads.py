@@ -28,8 +28,7 @@ STATUS: LiteralString = (
 )
 THREAD: LiteralString = f"thread_id, owner, metadata, {STATUS} AS status, created_at, updated_at"
 FOUND: LiteralString = (
-    "owner = %(owner)s AND (%(metadata)s::jsonb IS NULL OR metadata @> %(metadata)s::jsonb)"
-    f" AND (%(status)s::text IS NULL OR {STATUS} = %(status)s::text)"
+    f"owner = %(owner)s AND (%(metadata)s::jsonb IS NULL OR metadata @> %(metadata)s::jsonb) AND (%(status)s::text IS NULL OR {STATUS} = %(status)s::text)"
 )
 ORDERS: dict[SortBy, LiteralString] = {
     "thread_id": "thread_id",
@@ -65,10 +64,7 @@ class Threads:
     ) -> Thread:
         """Raises ThreadExists. A foreign thread of this name is not told from one that cannot be made."""
         thread_id = thread_id or str(uuid4())
-        query: LiteralString = (
-            "INSERT INTO threads (thread_id, owner, metadata) VALUES (%s, %s, %s::jsonb) ON CONFLICT DO NOTHING"
-            f" RETURNING {THREAD}"
-        )
+        query: LiteralString = f"INSERT INTO threads (thread_id, owner, metadata) VALUES (%s, %s, %s::jsonb) ON CONFLICT DO NOTHING RETURNING {THREAD}"
         rows = await self._database.rows(query, [thread_id, owner, _json(metadata or {})])
         if rows:
             return Thread(**rows[0])
@@ -85,10 +81,7 @@ class Threads:
 
     async def update(self, owner: str, thread_id: str, metadata: dict[str, Any]) -> Thread:
         """Merge into the metadata."""
-        query: LiteralString = (
-            "UPDATE threads SET metadata = metadata || %s::jsonb, updated_at = now()"
-            f" WHERE thread_id = %s AND owner = %s RETURNING {THREAD}"
-        )
+        query: LiteralString = f"UPDATE threads SET metadata = metadata || %s::jsonb, updated_at = now() WHERE thread_id = %s AND owner = %s RETURNING {THREAD}"
         return _only(await self._database.rows(query, [_json(metadata), thread_id, owner]))
 
     async def delete(self, owner: str, thread_id: str) -> None:
@@ -110,8 +103,7 @@ class Threads:
         copied = str(uuid4())
         # One statement sees one moment of the thread.
         copies = [
-            f"{table}_copied AS (INSERT INTO {table} (thread_id, {columns})"
-            f" SELECT %(copied)s, {columns} FROM {table} WHERE thread_id = %(thread)s)"
+            f"{table}_copied AS (INSERT INTO {table} (thread_id, {columns}) SELECT %(copied)s, {columns} FROM {table} WHERE thread_id = %(thread)s)"
             for table, columns in CHECKPOINT_TABLES.items()
         ]
         query = (
@@ -142,9 +134,7 @@ class Threads:
         parameters = {**_filter(owner, metadata, status), "ids": thread_ids, "limit": limit, "offset": offset}
         return [Thread(**row) for row in await self._database.rows(query, parameters)]
 
-    async def count(
-        self, owner: str, *, metadata: dict[str, Any] | None = None, status: ThreadStatus | None = None
-    ) -> int:
+    async def count(self, owner: str, *, metadata: dict[str, Any] | None = None, status: ThreadStatus | None = None) -> int:
         query: LiteralString = f"SELECT count(*) AS n FROM threads WHERE {FOUND}"
         return int((await self._database.rows(query, _filter(owner, metadata, status)))[0]["n"])
 

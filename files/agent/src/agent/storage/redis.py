@@ -9,9 +9,7 @@ from agent.settings import Settings
 REDIS_SECONDS = 0.5
 
 
-def create_redis(
-    settings: Settings, *, connections: int = 16, seconds: float = REDIS_SECONDS, blocking: bool = False
-) -> "Redis":
+def create_redis(settings: Settings, *, connections: int = 16, seconds: float = REDIS_SECONDS, blocking: bool = False) -> "Redis":
     """A client that has connected to nothing yet.
 
     `seconds` bound the wait for a free connection, for the server's acceptance and for an answer. The answer to a

@@ -59,16 +59,11 @@ class McpServers:
             **gauge("mostrecent"),
             registry=registry,
         )
-        self._failures = Counter(
-            "agent_mcp_failures", "Failed listings of an MCP server's tools", ("server",), registry=registry
-        )
+        self._failures = Counter("agent_mcp_failures", "Failed listings of an MCP server's tools", ("server",), registry=registry)
 
     async def __aenter__(self) -> None:
         listed = [asyncio.Event() for _ in self._client.connections]
-        self._tasks = [
-            asyncio.create_task(self._follow(name, event.set))
-            for name, event in zip(self._client.connections, listed, strict=True)
-        ]
+        self._tasks = [asyncio.create_task(self._follow(name, event.set)) for name, event in zip(self._client.connections, listed, strict=True)]
         # Servers that answer are there from the first request on.
         await asyncio.gather(*(event.wait() for event in listed))
 
