@@ -29,9 +29,9 @@ class Client(threading.Thread):
         prompt = " ".join(self.random.choice(WORDS) for _ in range(self.words))
         body = {"model": self.model, "messages": [{"role": "user", "content": prompt}], "max_tokens": self.tokens, "ignore_eos": True, "stream": True}
         body["stream_options"] = {"include_usage": True}
-        request = Request(f"{self.url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})  # noqa: S310
+        request = Request(f"{self.url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
         began, first, tokens = time.monotonic(), 0.0, 0
-        with urlopen(request, timeout=300) as response:  # noqa: S310
+        with urlopen(request, timeout=300) as response:
             for line in response:
                 if line.startswith(b"data: {"):
                     event = json.loads(line[6:])

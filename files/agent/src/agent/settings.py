@@ -115,9 +115,7 @@ Port = Annotated[int, Field(ge=1, le=65535)]
 Name = Annotated[str, Form("[!-~](?:[ -~]{0,61}[!-~])?", "1 to 63 characters of ASCII, no space at either end")]
 Url = Annotated[str, Form(_URL, _HTTP), AfterValidator(_strip_slashes)]
 Prompt = Annotated[str, Form(r"(?=[\s\S]*\S)[^\0]{1,20000}", "1 to 20000 characters, not all of them white space")]
-Rate = Annotated[
-    str, Form(_RATE, "a count and a period, COUNT/PERIOD, such as 60/minute or 5/10 seconds, at most 100000 and a day")
-]
+Rate = Annotated[str, Form(_RATE, "a count and a period, COUNT/PERIOD, such as 60/minute or 5/10 seconds, at most 100000 and a day")]
 ToolName = Annotated[str, Form("[A-Za-z0-9_-]{1,64}", "1 to 64 of the characters A-Z a-z 0-9 _ -")]
 ToolPattern = Annotated[str, Form("[A-Za-z0-9_*-]{1,64}", "a tool's name, * for any characters")]
 ServerName = Annotated[str, Form("[a-z0-9]{1,16}", "a name of 1 to 16 characters a-z 0-9")]
