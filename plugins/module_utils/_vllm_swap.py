@@ -31,7 +31,10 @@ class SwapError(Exception):
 
 @dataclass
 class Slot:
-    """What is in a slot. `condition` is serving, starting, running, falling asleep, asleep or stopped; `proven` what has served before."""
+    """What is in a slot. `condition` is serving, starting, running, falling asleep, asleep or stopped; `proven` what has served before.
+
+    `port` is where other hosts that share the model meet this one: 0 if there are none, and None in a record of a version that did not write it down.
+    """
 
     model: str
     digest: str
@@ -44,6 +47,7 @@ class Slot:
     load_seconds: float = 0.0
     proven: bool = False
     since: float = 0.0
+    port: int | None = None
 
 
 @dataclass
@@ -95,6 +99,12 @@ class Wish:
     def digest(self) -> str:
         """Tells two wishes apart. Where the new model is started does not count."""
         return hashlib.sha256(json.dumps(self.definition, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def port(self) -> int:
+        """Where the other hosts of the model meet this one, or 0."""
+        command = self.definition["command"]
+        return int(command[command.index("--master-port") + 1]) if "--master-port" in command else 0
 
     def definition_for(self, strategy: str) -> dict[str, Any]:
         """Return the service as it is started: beside another model it gets only the share of the memory that is left."""
@@ -296,7 +306,9 @@ class Swap:
         state.target, state.strategy = target, strategy
         if wish:
             share = wish.beside_utilization if strategy == "side_by_side" else wish.utilization
-            state.slots[target] = Slot(wish.model, wish.digest, wish.weights_mib, share or wish.utilization, wish.sleep_mode, since=self.host.now())
+            state.slots[target] = Slot(
+                wish.model, wish.digest, wish.weights_mib, share or wish.utilization, wish.sleep_mode, since=self.host.now(), port=wish.port
+            )
         self.host.save(state)
 
     def _bring_up(self, slot: str, *, briefly: bool = False) -> None:

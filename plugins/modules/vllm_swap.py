@@ -134,6 +134,7 @@ active:
 slots:
   description:
     - What is in each slot - C(model), C(condition), C(digest), C(utilization), C(weights_mib), C(sleep_mode), C(slept_before), C(load_seconds), C(since).
+    - C(port) is where other hosts that share the model meet this one, 0 if there are none. It is null if an older version started the model.
   returned: success
   type: dict
   sample: {blue: {model: Qwen/Qwen3-8B, condition: serving}}

@@ -105,6 +105,6 @@ def inventories() -> dict[str, dict[str, Any]]:
     return {"alone": {"all": {"hosts": ALONE}}, "together": {"all": {"hosts": TOGETHER[""], "children": children}}}
 
 
-def names() -> list[str]:
-    """Of the hosts that run a model server."""
-    return [*ALONE, *TOGETHER["inference"], *TOGETHER["followers"]]
+def cases() -> Hosts:
+    """The hosts that run a model server."""
+    return {**ALONE, **TOGETHER["inference"], **TOGETHER["followers"]}
