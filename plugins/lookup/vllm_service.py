@@ -37,6 +37,9 @@ _raw:
     definition:
       description: The server as a Compose service.
       type: dict
+    cache:
+      description: The host's directory of what the server compiles.
+      type: str
     fetch:
       description: The command that fetches the model, for a container of the server's image.
       type: list

@@ -13,8 +13,9 @@ import pytest
 import vllm_cases
 import yaml
 from ansible_collections.selfhosted.agent_stack.plugins.plugin_utils import _topology, _vllm_service
-from programs import ROOT
+from programs import ROOT, load
 
+model_server = load("tests/model_server/server.py")
 ROLE = ROOT / "roles" / "vllm"
 TABLE = ROOT / "tests" / "unit" / "data" / "vllm_services.json"
 
@@ -136,3 +137,33 @@ def test_the_roles_variables_are_data() -> None:
     assert len(lines) < 50
     assert [line for line in lines if "{{" in line and "}}" not in line] == []
     assert [line for line in lines if line.rstrip().endswith((">-", "|", ">"))] == []
+
+
+@pytest.mark.parametrize("host", ["cpu-path", "cuda-planned", "third"])
+def test_the_servers_user_has_a_name(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scripted server fails as vLLM does where neither the environment nor the system has one."""
+
+    def unknown(uid: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    monkeypatch.setattr(os, "environ", table()[host]["definition"]["environment"])
+    assert model_server.user_name() == "vllm"
+    monkeypatch.setattr(os, "environ", {})
+    with pytest.raises(KeyError, match="uid not found"):
+        model_server.user_name()
+
+
+@pytest.mark.parametrize("host", ["cuda-planned", "cuda-several", "third"])
+def test_what_is_compiled_outlives_the_container(host: str) -> None:
+    definition = table()[host]["definition"]
+    assert f"{table()[host]['cache']}:/cache" in definition["volumes"]
+    for name in ("VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "PYTHONPYCACHEPREFIX"):
+        assert Path(definition["environment"][name]).is_relative_to("/cache"), name
+
+
+def test_another_image_is_another_meeting_port_and_cache() -> None:
+    """Both servers may be there at once, and the followers of the one that serves must stay."""
+    one, other = (_vllm_service.describe(settings_of(vllm_cases.cases()["head"], image), topology_of("head"), {}) for image in ("a:1", "a:2"))
+    assert one["follower"] != other["follower"]
+    assert one["cache"] != other["cache"]
