@@ -25,12 +25,14 @@ from urllib.request import Request
 
 from ansible_collections.selfhosted.agent_stack.plugins.module_utils import _vllm_api
 from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_judge import OPENER, Judge, unix_url
-from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_swap import HOLD, SLOTS, State, SwapError, Traffic
+from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_swap import HOLD, SLOTS, State, SwapError, Traffic, unused_caches
 
 NETWORK = "agent-stack-model"
 PORT = 8000
 # A server of HAProxy's takes no new requests with any of these set: maintenance by command, inherited, for want of an address, or by host name.
 OUT_OF_SERVICE = 0x01 | 0x02 | 0x20 | 0x40
+# (EngineCore_DP0 pid=215) ERROR 11-27 12:00:01 [core.py:866] EngineCore failed to start.
+ERROR_LINE = re.compile(r"^(?:\((?P<process>\S+) pid=\d+\) )?ERROR \d\d-\d\d \d\d:\d\d:\d\d \[?(?P<place>\S+?)\] ?(?P<said>.*)$")
 SERVER_LINE = re.compile(r"^(\s*server (\w+) .*?)( disabled)?$", re.MULTILINE)
 
 
@@ -328,8 +330,20 @@ class DockerHost:
         shutil.rmtree(self.paths.project(slot), ignore_errors=True)
 
     def log(self, slot: str) -> str:
-        result = self.run(self.docker, "logs", "--tail", "40", container(slot), check=False)
-        return "\n".join((result.stdout + result.stderr).strip().splitlines()[-40:])
+        # Only of its last start: an earlier one may have ended for another reason.
+        started = str(self.inspect(slot).get("State", {}).get("StartedAt") or "0")
+        result = self.run(self.docker, "logs", "--tail", "4000", "--since", started, container(slot), check=False)
+        return last_words(result.stdout + result.stderr)
+
+    def remove_unused_caches(self, state: State) -> None:
+        """What is compiled for an image is kept as long as a slot uses the image. What cannot be removed is left."""
+        found = [str(path) for path in sorted((self.paths.data / "vllm-cache").glob("*"))]
+        for path in unused_caches(found, state.slots.values()):
+            if os.path.isdir(path) and not os.path.islink(path):
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
 
     def ready(self, slot: str) -> bool:
         try:
@@ -355,7 +369,7 @@ class DockerHost:
         try:
             self.http(slot, path, post=True, timeout=300)
         except OSError as error:
-            raise SwapError(f"{container(slot)} does not {what}: {error}.\nIts last log lines:\n{self.log(slot)}") from error
+            raise SwapError(f"{container(slot)} does not {what}: {error}.\n{self.log(slot)}") from error
 
     def busy(self, slot: str) -> int:
         """Both are asked: the gateway knows streams that the engine has ended, the engine those that the gateway lost with a restart."""
@@ -450,6 +464,21 @@ class DockerHost:
         whole = rows.get("BACKEND", {})
         served = sum(int(row.get("scur") or 0) for name, row in rows.items() if name not in ("BACKEND", HOLD))
         return Traffic(max(0, int(whole.get("scur") or 0) - served), int(whole.get("hrsp_5xx") or 0))
+
+
+def last_words(log: str) -> str:
+    """Return the first error that the engine says, or the last lines if it says none, with a heading.
+
+    The API server's traceback, which comes last, only says that the cause stands above it. Of a long traceback the middle is left out.
+    """
+    found = [(line, match) for line in log.strip().splitlines() if (match := ERROR_LINE.match(line))]
+    of_engine = [(line, match) for line, match in found if match["process"] and not match["process"].startswith("APIServer")] or found
+    if not of_engine:
+        return "\n".join(["Its last log lines:", *log.strip().splitlines()[-40:]])
+    first = of_engine[0][1]
+    same = [match["said"] for _, match in of_engine if (match["process"], match["place"]) == (first["process"], first["place"])]
+    lines = same if len(same) <= 20 else [*same[:4], "...", *same[-15:]]
+    return "\n".join([f"The first error in its log ({' '.join(filter(None, (first['process'], first['place'])))}):", *lines])
 
 
 def address_of(found: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ description:
   - One operation that can be repeated, and that only one run at a time does. It starts the new model in the slot that does not serve, judges it as
     M(selfhosted.agent_stack.vllm_health) does, sends new requests to it, lets the old one finish what it has, and keeps that for a rollback.
   - A new model that does not start, or is judged unfit, never meets a user. What served before serves on, and the module fails with the reason and
-    the server's last log lines. The same holds for a run that was killed, once the module is run again.
+    the engine's first error, or the server's last log lines. The same holds for a run that was killed, once the module is run again.
   - Where both models do not fit beside each other, the gateway holds requests while one gives its memory to the other.
   - The work is done by a process of its own on the host, which a lost connection does not end. What it does is shown while it runs.
 extends_documentation_fragment: selfhosted.agent_stack.golden_prompts
@@ -116,7 +116,7 @@ EXAMPLES = r"""
 - name: Have a model serve
   selfhosted.agent_stack.vllm_swap:
     model: Qwen/Qwen3-8B
-    definition: "{{ lookup('ansible.builtin.template', 'server.yml.j2') | from_yaml }}"
+    definition: "{{ lookup('selfhosted.agent_stack.vllm_service', plan, image='docker.io/vllm/vllm-openai:v0.33.0').definition }}"
     strategy: "{{ plan.swap.strategy }}"
     golden_prompts:
       - {prompt: "What is 2 + 2? Answer with the number.", expect: "4"}
@@ -135,6 +135,8 @@ active:
 slots:
   description:
     - What is in each slot - C(model), C(condition), C(digest), C(utilization), C(weights_mib), C(sleep_mode), C(slept_before), C(load_seconds), C(since).
+    - C(cache) is the directory of what the server compiles, and C(port) where other hosts that share the model meet this one, 0 if there are none.
+    - Both are null if an older version started the model.
   returned: success
   type: dict
   sample: {blue: {model: Qwen/Qwen3-8B, condition: serving}}
@@ -300,6 +302,7 @@ def act(paths: _vllm_host.Paths, params: dict[str, Any], *, check_mode: bool) ->
                 swap.rollback()
             else:
                 swap.prune()
+            host.remove_unused_caches(state)
         finally:
             progress.end()
         done = {"held": swap.held, "held_seconds": round(swap.held_seconds, 2), "failed_requests": progress.failed, "phases": progress.phases}

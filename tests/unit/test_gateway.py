@@ -39,19 +39,19 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-ALONE = {"__vllm_serves": True, "__vllm_is_peer": False, "__vllm_peers": [], "__vllm_shared": False}
+ALONE = {"serves": True, "is_peer": False, "peers": [], "shared": False}
 
 
-def render(name: str, **values: Any) -> str:
+def render(name: str, topology: dict[str, Any] | None = None, **values: Any) -> str:
     environment = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)  # noqa: S701  no HTML
     environment.filters["comment"] = lambda text: f"# {text}"
-    return environment.from_string((TEMPLATES / name).read_text()).render(ansible_managed="managed", **(ALONE | values))
+    return environment.from_string((TEMPLATES / name).read_text()).render(ansible_managed="managed", __vllm_topology=ALONE | (topology or {}), **values)
 
 
 class Stack:
     """HAProxy with the role's configuration, on loopback, and two slots of which any may run or not."""
 
-    def __init__(self, directory: Path, **topology: Any) -> None:
+    def __init__(self, directory: Path, topology: dict[str, Any] | None = None, **values: Any) -> None:
         self.paths = _vllm_host.Paths(directory, directory / "data")
         self.ports = {slot: free_port() for slot in ("blue", "green")}
         self.port, metrics, own = free_port(), free_port(), free_port()
@@ -59,12 +59,12 @@ class Stack:
         for path in (self.paths.servers, self.paths.socket):
             path.parent.mkdir(parents=True)
         self.front_port, self.metrics_port = free_port(), metrics
-        config = render("haproxy.cfg.j2", vllm_served_name="agent-model", vllm_hold_seconds=20, **topology)
+        config = render("haproxy.cfg.j2", topology, vllm_served_name="agent-model", vllm_hold_seconds=20, **values)
         config = config.replace("bind :8443", f"bind 127.0.0.1:{self.front_port}").replace("/etc/agent-stack/peers", str(directory / "peers"))
         config = config.replace("gateway.inference.internal:8000", f"127.0.0.1:{self.port}").replace("/run/agent-stack/haproxy.sock", str(self.paths.socket))
         config = config.replace("bind :8001", f"bind 127.0.0.1:{metrics}").replace("bind :8405", f"bind 127.0.0.1:{own}")
         (directory / "haproxy.cfg").write_text(config)
-        servers = render("servers.cfg.j2", **topology).replace("/etc/agent-stack/peers", str(directory / "peers"))
+        servers = render("servers.cfg.j2", topology, **values).replace("/etc/agent-stack/peers", str(directory / "peers"))
         # Names are Docker's affair; here the slots are ports.
         servers = re.sub(
             r"(blue|green)\.model\.internal:8000 resolvers docker resolve-prefer ipv4 init-addr \S+", lambda match: f"127.0.0.1:{self.ports[match[1]]}", servers
@@ -130,7 +130,7 @@ def stack() -> Iterator[Stack]:
 
 
 def test_a_model_that_several_hosts_share_is_reached_through_its_socket(monkeypatch: pytest.MonkeyPatch) -> None:
-    with directory_for_haproxy() as directory, contextlib.closing(Stack(directory, __vllm_shared=True)) as stack:
+    with directory_for_haproxy() as directory, contextlib.closing(Stack(directory, {"shared": True})) as stack:
         stack.start()
         host = _vllm_host.DockerHost(stack.paths, "agent-model", {"timeout": 10, "tool_call": True, "golden_prompts": []})
         monkeypatch.setattr(host, "inspect", lambda slot: {"HostConfig": {"NetworkMode": "host"}})
