@@ -49,7 +49,7 @@ lint: venv
 ## make unit          tables over the plugins, role specifications against defaults, metric names, nginx's configuration
 unit: venv
 	sh tests/packages.sh
-	python -m pytest -q -n auto tests/unit
+	python -m pytest -q -n auto -m "$(or $(DRILLS),not long)" tests/unit
 
 ## make agent-test    the agent service against real Postgres and Redis
 agent-test: .cache/agent-venv/.complete

@@ -2,7 +2,8 @@
 
 vLLM's build for CPUs constructs every model of tests/unit/data/models on torch's `meta` device, where tensors have a shape and no memory.
 Each layer then says which cache it needs, and vLLM's planner how the layers share one pool. The formulas of plugins/module_utils are held to this record.
-Kinds, shapes and counts of layers are vLLM's own; block sizes are those of its CPU backends, and differ from those on a GPU.
+Kinds, shapes and counts of layers are vLLM's own; block sizes are those of its CPU backends, and states are kept in 32 bits as on many CPUs
+(vllm/platforms/cpu.py), which `--mamba-ssm-cache-dtype float32` asks for on a GPU.
 
     make record-plans                         all models, in an environment of its own
     python tools/record_plans.py NAME ...     some of them; the others keep their records
@@ -60,13 +61,6 @@ def allow_what_runs_on_gpus_alone() -> None:
             return (lambda: True) if name == "is_cuda_alike" else getattr(CpuPlatform, name)
 
     experts.current_platform = Everything()
-
-
-def keep_types_of_gpus() -> None:
-    """Have states kept in the types that they have on GPUs: some CPUs ask for 32 bits (vllm/platforms/cpu.py)."""
-    import torch
-
-    torch.cpu._is_avx512_bf16_supported = lambda: False
 
 
 def specification(spec: Any) -> dict[str, Any]:
@@ -179,7 +173,6 @@ def main() -> None:
     # Each model has a process of its own already; another, that imports everything anew, takes ten times as long.
     registry._run_in_subprocess = lambda function: function()
     allow_what_runs_on_gpus_alone()
-    keep_types_of_gpus()
 
     distribution = f"{DISTRIBUTION}=={importlib.metadata.version(DISTRIBUTION)}"
     before = json.loads(RECORD.read_text()) if RECORD.is_file() else {}

@@ -203,7 +203,7 @@ def read_shape(config: Any, known_architectures: set[str] | None = None, methods
     heads = kv_heads = 0
     if read.model_type not in ("mamba", "mamba2", "falcon_mamba"):
         heads, kv_heads = _vllm_specs.head_count(read), _vllm_specs.kv_head_count(read)
-    intermediate = read.number("intermediate_size", "ffn_hidden_size", "n_inner", "d_ff", "ffn_dim", default=4 * hidden)
+    intermediate = _vllm_weights.feed_forward_width(read, hidden)
     experts = _vllm_weights.expert_count(read)
     described = read.get("quantization_config")
     shape = Shape(

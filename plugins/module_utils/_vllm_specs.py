@@ -47,10 +47,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class Cache:
-    """How the cache is kept: over how many GPUs of a host, and in how many bytes an element of keys and values."""
+    """How the cache is kept: over how many GPUs of a host, and in how many bytes an element of keys and values.
+
+    `state_element` are the bytes of a number in a state where `--mamba-ssm-cache-dtype` says it, 0 where the model does.
+    """
 
     tensor_parallel: int = 1
     element: int = 2
+    state_element: int = 0
 
 
 Rule = Callable[[Config, Cache], list[Layer]]
@@ -266,9 +270,11 @@ def sparse(config: Config, cache: Cache) -> list[Layer]:
     layers = layer_count(config)
     token = latent_size(config) * cache.element if cache.element > 1 else PACKED_LATENT
     dim = config.number("index_head_dim", least=1)
-    choosing = layers
     pattern = config.get("index_topk_pattern")
-    if isinstance(pattern, str | list):
+    types = config.per_layer("indexer_types", str, layers)
+    if types is not None:
+        choosing = sum(entry == "full" for entry in types)
+    elif isinstance(pattern, str | list):
         choosing = sum(entry != "S" for entry in pattern[:layers]) + max(0, layers - len(pattern))
     else:
         every, offset = config.number("index_topk_freq", default=1, least=1), config.number("index_skip_topk_offset", default=2)
@@ -335,12 +341,12 @@ def mamba2_state(inner: int, groups: int, heads: int, head: int, state: int, ker
     """Return the bytes of one request's Mamba 2 state in one layer on one GPU: the last inputs of the convolution, and the state itself."""
     gpus = cache.tensor_parallel
     convolution = math.ceil((inner + 2 * groups_on(groups, gpus) * state) / gpus) * (kernel - 1)
-    return convolution * 2 + math.ceil(heads / gpus) * head * state * element
+    return convolution * 2 + math.ceil(heads / gpus) * head * state * (cache.state_element or element)
 
 
 def mamba1_state(inner: int, state: int, kernel: int, cache: Cache) -> int:
     width = math.ceil(inner / cache.tensor_parallel)
-    return width * (kernel - 1) * 2 + width * state * 2
+    return width * (kernel - 1) * 2 + width * state * (cache.state_element or 2)
 
 
 def delta_state(config: Config, cache: Cache, element: int) -> int:
@@ -349,7 +355,7 @@ def delta_state(config: Config, cache: Cache, element: int) -> int:
     key, value = config.number("linear_key_head_dim", least=1), config.number("linear_value_head_dim", least=1)
     gpus = cache.tensor_parallel
     convolution = math.ceil((2 * key * keys + value * values) / gpus) * (config.number("linear_conv_kernel_dim", default=4, least=1) - 1)
-    return convolution * 2 + math.ceil(values / gpus) * value * key * element
+    return convolution * 2 + math.ceil(values / gpus) * value * key * (cache.state_element or element)
 
 
 def with_state(config: Config, cache: Cache, state: int, role: str = "", kinds: list[str] | None = None) -> list[Layer]:
@@ -545,7 +551,7 @@ RULES: dict[Rule, str] = {
         SarvamMLAForCausalLM
         """,
     double_latent: "LongcatFlashForCausalLM",
-    sparse: "DeepseekV32ForCausalLM GlmMoeDsaForCausalLM",
+    sparse: "DeepseekV32ForCausalLM GlmMoeDsaForCausalLM HYV4ForCausalLM",
     deepseek_v4: "DeepseekV4ForCausalLM DeepseekV4ForConditionalGeneration",
     qwen_next: "Qwen3NextForCausalLM Qwen3_5ForCausalLM Qwen3_5MoeForCausalLM",
     olmo_hybrid: "OlmoHybridForCausalLM",
@@ -590,7 +596,12 @@ TYPES: dict[Rule, str] = {
 }
 BY_TYPE: dict[str, Rule] = {name: rule for rule, names in TYPES.items() for name in names.split()}
 # No record confirms these: vLLM's build for CPUs cannot construct them, or is older than they are. Their rules follow the source of 0.33.
-BY_SOURCE: frozenset[str] = frozenset()
+BY_SOURCE = frozenset(
+    """
+    DeepseekV4ForCausalLM DeepseekV4ForConditionalGeneration Gemma3nForCausalLM KimiLinearForCausalLM Lfm2ForCausalLM Lfm2MoeForCausalLM
+    LongcatFlashForCausalLM MiMoV2FlashForCausalLM MiMoV2ForCausalLM NemotronHForCausalLM OlmoHybridForCausalLM
+    """.split()  # noqa: SIM905 (a list of names, one a word)
+)
 
 
 def rule_of(config: Config) -> Rule:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ansible_collections.selfhosted.agent_stack.plugins.module_utils import _vllm_specs as specs
-from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_config import MOST_LAYERS, Config, PlanError, plain
+from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_config import MOST, MOST_LAYERS, Config, PlanError, plain
 
 # How the weights of linear layers are kept: bits for each, and bits for each group of them (a scale, AWQ's 4 bit zero point).
 LINEAR_BITS = {
@@ -88,9 +88,7 @@ def read_quantization(config: Any, known: frozenset[str] = frozenset()) -> Quant
 
 
 # Names in published configurations that vLLM reads as another one's.
-ALIASES = frozenset(
-    {"awq", "awq_marlin", "gptq", "gptq_marlin", "auto_awq", "auto_gptq", "auto-round", "bitsandbytes", "modelopt", "mxfp4", "fp8", "compressed-tensors"}
-)
+ALIASES = frozenset({"auto-round"})
 
 
 def _by_method(method: str, config: dict[str, Any], algorithm: str) -> tuple[str, int]:
@@ -126,7 +124,7 @@ def _compressed(config: dict[str, Any]) -> tuple[str, int]:
     groups = config.get("config_groups")
     if groups is not None and not isinstance(groups, dict):
         raise PlanError(f"config.json has {plain(groups)} as config_groups of its quantisation; allowed is an object.")
-    first = next(iter((groups or {}).values()), {})
+    first: Any = next(iter((groups or {}).values()), {})
     if not isinstance(first, dict):
         raise PlanError(f"config.json has {plain(first)} as a group of its quantisation; allowed is an object with the weights' format.")
     weights = first.get("weights")
@@ -352,7 +350,7 @@ def _feed_forward(config: Config, layers: int, hidden: int) -> tuple[int, int, i
     """Return the parameters of the feed-forward layers: of linear ones, of these the experts', and the routers'."""
     if config.model_type in ("mamba", "mamba2", "falcon_mamba"):
         return 0, 0, 0
-    intermediate = config.number("intermediate_size", "ffn_hidden_size", "n_inner", "d_ff", "ffn_dim", "ffn_config", default=4 * hidden)
+    intermediate = feed_forward_width(config, hidden)
     matrices = 2 if config.get("parallel_attn") or config.model_type in TWO_MATRICES else 3
     experts = expert_count(config)
     dense_layers, sparse_layers = _mlp_layers(config, layers, experts)
@@ -361,6 +359,8 @@ def _feed_forward(config: Config, layers: int, hidden: int) -> tuple[int, int, i
         return dense_layers * dense, 0, 0
     width = expert_width(config, intermediate)
     shared = config.number("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", default=0) * width
+    if config.model_type.startswith("llama4"):
+        shared = width  # one beside the experts
     shared = config.number("moe_shared_expert_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size", default=shared)
     expert_matrices = 2 if config.model_type == "nemotron_h" else 3
     mixture = expert_matrices * hidden * width * experts
@@ -390,6 +390,15 @@ TWO_MATRICES = (
     "arcee",
     "apertus",
 )
+
+
+def feed_forward_width(config: Config, hidden: int) -> int:
+    """Return the width of the dense feed-forward layers; of those that have one each, the mean. Raises PlanError."""
+    value = config.get("intermediate_size")
+    if isinstance(value, list) and value:
+        widths = config.some("intermediate_size", value, 0, MOST)
+        return sum(widths) // len(widths)
+    return config.number("intermediate_size", "ffn_hidden_size", "n_inner", "d_ff", "ffn_dim", default=4 * hidden)
 
 
 def expert_count(config: Config) -> int:

@@ -42,6 +42,7 @@ FAMILIES = [NOTHING | family for family in CATALOGUE["families"]]
 def test_parsers_are_vllms_own(family: dict[str, Any]) -> None:
     assert family["tool_call_parser"] in ["", *REGISTRY["cuda"]["tool_parsers"]]
     assert family["reasoning_parser"] in ["", *REGISTRY["cuda"]["reasoning_parsers"]]
+    assert family["tokenizer_mode"] in ["", *REGISTRY["cuda"]["tokenizer_modes"]]
     assert set(family["architectures"]) <= set(REGISTRY["cuda"]["architectures"])
 
 
