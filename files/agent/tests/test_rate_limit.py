@@ -279,6 +279,7 @@ def test_places_far_from_the_limit_are_told_together(environ: dict[str, str], ad
 
 def test_a_lease_ends(environ: dict[str, str], ada: Principal, monkeypatch: pytest.MonkeyPatch) -> None:
     environ["AGENT_CONCURRENT_RUNS"] = "1"
+    environ["AGENT_TURN_TIMEOUT_SECONDS"] = "110"  # three of them are less than MIN_LEASE
 
     async def test() -> None:
         async with Workers(environ).start() as [limiter]:
