@@ -14,6 +14,7 @@ import re
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -47,6 +48,11 @@ class Paths:
     def servers(self) -> Path:
         """The part of the gateway's configuration that names its servers."""
         return self.root / "vllm" / "servers" / "servers.cfg"
+
+    @property
+    def gateway(self) -> Path:
+        """The rest of the gateway's configuration."""
+        return self.root / "vllm" / "config" / "haproxy.cfg"
 
     @property
     def socket(self) -> Path:
@@ -192,6 +198,27 @@ class Gateway:
         text = self.paths.servers.read_text() if self.paths.servers.exists() else ""
         lines = SERVER_LINE.findall(text)
         return str(next((name for _text, name, disabled in lines if name in SLOTS and not disabled), HOLD))
+
+
+def check_gateway(configuration: str, servers: str, paths: Paths, image: str, docker: str = "docker") -> None:
+    """Have the HAProxy that will read a configuration check it, in a container without a network. Raises SwapError with what HAProxy says."""
+    with tempfile.TemporaryDirectory() as directory:
+        # Its user in the image is another one.
+        os.chmod(directory, 0o755)  # noqa: S103
+        files = {"haproxy.cfg": configuration, "servers.cfg": servers}
+        for name, text in files.items():
+            write(Path(directory) / name, text, 0o644)
+        command = [docker, "run", "--rm", "--pull", "never", "--network", "none", "--add-host", "gateway.inference.internal:127.0.0.1", "--user", "99:99"]
+        command += ["--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--volume", f"{directory}:/check:ro"]
+        command += ["--volume", f"{paths.root / 'vllm' / 'config'}:/etc/agent-stack:ro", "--entrypoint", "haproxy", image, "-c"]
+        command += [argument for name in files for argument in ("-f", f"/check/{name}")]
+        try:
+            result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, stdin=subprocess.DEVNULL)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise SwapError(f"the gateway's new configuration could not be checked, and nothing was changed: {error}") from error
+    if result.returncode != 0:
+        said = (result.stderr or result.stdout).strip()
+        raise SwapError(f"the gateway's new configuration is not valid, and nothing was changed: {said}")
 
 
 class DockerHost:

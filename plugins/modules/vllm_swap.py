@@ -47,6 +47,16 @@ options:
         run is under way.
     type: str
     default: ""
+  configuration:
+    description:
+      - The rest of the gateway's configuration. It is not written, but with O(state=prepared) HAProxy checks it together with O(servers) before those are, if
+        one of them is new. Not in check mode.
+    type: str
+    default: ""
+  gateway_image:
+    description: Image of the gateway, which must be on the host. Needed for O(configuration).
+    type: str
+    default: ""
   served_name:
     description: Name under which the model is served.
     type: str
@@ -281,7 +291,7 @@ def act(paths: _vllm_host.Paths, params: dict[str, Any], *, check_mode: bool) ->
     if params["state"] == "status":
         return {"changed": False, **status(paths, host)}
     if params["state"] == "prepared":
-        return prepare(paths, params["servers"], check_mode=check_mode)
+        return prepare(paths, params, check_mode=check_mode)
     if check_mode:
         state = _vllm_host.read_state(paths)
         pending = is_pending(host, state, params)
@@ -309,12 +319,16 @@ def act(paths: _vllm_host.Paths, params: dict[str, Any], *, check_mode: bool) ->
         return {"changed": swap.changed, "pending": False, **described(state, host), **(done if swap.changed else {})}
 
 
-def prepare(paths: _vllm_host.Paths, servers: str, *, check_mode: bool) -> dict[str, Any]:
+def prepare(paths: _vllm_host.Paths, params: dict[str, Any], *, check_mode: bool) -> dict[str, Any]:
     """Write the gateway's servers such that what served before does so still. Raises SwapError."""
     gateway = _vllm_host.Gateway(paths)
+    servers, configuration = params["servers"], params["configuration"]
     if check_mode:
         return {"changed": gateway.keep(gateway.kept(), servers, dry=True)}
     with _vllm_host.locked(paths, "prepared"):
+        present = paths.gateway.read_text() if paths.gateway.exists() else ""
+        if configuration and (configuration != present or gateway.keep(gateway.kept(), servers, dry=True)):
+            _vllm_host.check_gateway(configuration, servers, paths, params["gateway_image"])
         return {"changed": gateway.keep(gateway.kept(), servers)}
 
 
@@ -327,6 +341,8 @@ def main() -> None:
             "model": {"type": "str", "default": ""},
             "definition": {"type": "dict"},
             "servers": {"type": "str", "default": ""},
+            "configuration": {"type": "str", "default": ""},
+            "gateway_image": {"type": "str", "default": ""},
             "served_name": {"type": "str", "default": "agent-model"},
             "strategy": {"type": "str", "choices": ["start", *_vllm_swap.STRATEGIES], "default": "side_by_side"},
             "gpu_memory_utilization": {"type": "float", "default": 0},
