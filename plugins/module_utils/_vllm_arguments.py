@@ -1,5 +1,6 @@
 # Copyright: the selfhosted.agent_stack maintainers
-# Apache-2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
 """What more arguments of `vllm serve` change about a plan, read as vLLM reads them. PRIVATE to the collection: it may change at any time.
 
 Dashes and underscores are the same, a value follows or stands behind "=", the last one counts, and `--group.key value` is a part of a JSON object

@@ -1,5 +1,6 @@
 # Copyright: the selfhosted.agent_stack maintainers
-# Apache-2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
 """vLLM's arithmetic of the pool of cache blocks: how layers share it, and what a request takes. PRIVATE to the collection: it may change at any time.
 
 All layers take blocks from one pool, and a block has one size in bytes for all of them. Layers that are alike form groups of equal size, and each

@@ -1,5 +1,6 @@
 # Copyright: the selfhosted.agent_stack maintainers
-# Apache-2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
 """A model's config.json, read with care: every number is checked where it is read. PRIVATE to the collection: it may change at any time.
 
 A config.json may come from anyone. Whatever it holds gives a value or a PlanError with one sentence, never another exception.

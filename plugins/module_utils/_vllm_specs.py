@@ -1,5 +1,6 @@
 # Copyright: the selfhosted.agent_stack maintainers
-# Apache-2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
 """What each layer of a model caches, from its config.json: vLLM's cache specifications by formula. PRIVATE to the collection: it may change at any time.
 
 A formula stands for an architecture only where a record of vLLM (tests/unit/data/plans.json) or its source says so; `BY_SOURCE` names the latter.

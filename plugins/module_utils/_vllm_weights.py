@@ -1,5 +1,6 @@
 # Copyright: the selfhosted.agent_stack maintainers
-# Apache-2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
 """What a model's weights take: parameters by formula, and how a quantisation keeps them. PRIVATE to the collection: it may change at any time.
 
 Where the sizes of the safetensors files are known, they count; the formulas stand in for them, and tell what of them a quantisation shrinks.

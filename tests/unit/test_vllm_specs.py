@@ -283,23 +283,23 @@ def plan_it(config: Any) -> None:
     assert re.fullmatch(r"[^\n]{10,900}\.", said), said
 
 
-EASY = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True, "database": None}
+EASY = settings(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
 
 
-@settings(max_examples=200, **EASY)
+@settings(EASY, max_examples=200)
 @given(mutated())
 def test_no_configuration_ends_in_a_traceback(config: Any) -> None:
     plan_it(config)
 
 
-@settings(max_examples=60, **EASY)
+@settings(EASY, max_examples=60)
 @given(st.recursive(VALUES, lambda inner: st.dictionaries(st.text(max_size=12), inner, max_size=4), max_leaves=8))
 def test_nor_does_anything_else_that_json_holds(config: Any) -> None:
     plan_it(config)
 
 
 @pytest.mark.long
-@settings(max_examples=5000, **EASY)
+@settings(EASY, max_examples=5000)
 @given(mutated())
 def test_nor_do_five_thousand(config: Any) -> None:
     plan_it(config)
