@@ -39,7 +39,7 @@ demo-clean: venv
 # The tiers. docs/testing.md says which test is in which.
 
 CHECK_PARTS := types unit agent-unit style
-TEST_PARTS := images molecule agent-test molecule-swap molecule-nvidia $(CHECK_PARTS) ansible-lint sanity promtool-test
+TEST_PARTS := images molecule agent-test molecule-swap molecule-nvidia $(CHECK_PARTS) unit-plays ansible-lint sanity promtool-test
 ALL_PARTS := system-test more-newest more-hosts more-swap more-nvidia more-sanity importer bench-test
 
 ## make check         after each edit: style, types, unit tables, tests of the service that need no server
@@ -135,7 +135,12 @@ types: agent-venv
 ## make unit          tables over the plugins, role specifications against defaults, metric names, nginx's configuration
 .PHONY: unit
 unit: venv packages
-	$(PART) $@ python -m pytest -q -n $(JOBS) -m "not long" tests/unit
+	$(PART) $@ python -m pytest -q -n $(JOBS) -m "not long and not play" tests/unit
+
+# Those that run Ansible.
+.PHONY: unit-plays
+unit-plays: venv packages
+	$(PART) $@ python -m pytest -q -n $(JOBS) -m play tests/unit
 
 .PHONY: agent-unit
 agent-unit: agent-venv

@@ -14,6 +14,8 @@ import pytest
 import yaml
 from programs import ROOT
 
+pytestmark = pytest.mark.play
+
 ROLE = ROOT / "roles" / "vllm"
 # As versions wrote it that did not know the port.
 OLD = {"model": "m", "digest": "d", "condition": "serving", "proven": True}
