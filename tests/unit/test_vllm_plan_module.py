@@ -44,6 +44,7 @@ def plan_parameters(model: str, **params: Any) -> dict[str, Any]:
         "kv_cache_dtype": "auto",
         "extra_arguments": [],
         "unknown": "refuse",
+        "survey": False,
         "tool_call_parser": "auto",
         "reasoning_parser": "auto",
         "disk_path": "",
@@ -200,6 +201,23 @@ def test_models_are_told_apart(tmp_path: Path) -> None:
         PlanError, match="Qwen2ForRewardModel is a reward model, which answers with a mark and not with text; the agent needs a model that chats"
     ):
         plan(model(tmp_path / "rm", "qwen2.5-7b", architectures=["Qwen2ForRewardModel"]))
+
+
+def test_a_survey_says_which_gpus_carry_a_model(tmp_path: Path) -> None:
+    result = plan(model(tmp_path / "Qwen3-32B", "qwen3-32b"), survey=True, gpus=[], max_model_len=32768)
+    rows = {(row["gpus"], row["gb"]): row for row in result["survey"]}
+    assert set(rows) == {(count, gb) for count in (1, 2, 4, 8) for gb in (16, 24, 32, 40, 48, 80, 96, 141, 180, 192)}
+    assert (rows[1, 24]["fits"], rows[1, 141]["fits"], rows[2, 80]["link"], rows[2, 48]["link"]) == (False, True, "NVLink", "PCIe")
+    assert rows[1, 80]["helps"] == "a KV cache in fp8" or "context of" in rows[1, 80]["helps"]
+    # More GPUs of a kind never carry less.
+    for gb in (24, 48, 80):
+        contexts = [rows[count, gb]["context"] for count in (1, 2, 4, 8)]
+        assert contexts == sorted(contexts)
+    assert result["fits"]
+    assert len(result["survey_table"]) > 5
+    assert result["fetching"] == {"disk_gib": 61.0, "fetch_seconds": 524, "read_seconds": 61}
+    nothing = plan(model(tmp_path / "DeepSeek-V3", "deepseek-v3", quantization_config=None), survey=True, gpus=[])
+    assert (nothing["fits"], nothing["survey_table"][-1]) in ((False, "none of these carries it"), (True, nothing["survey_table"][-1]))
 
 
 def test_the_layers_are_shown(tmp_path: Path) -> None:

@@ -283,7 +283,7 @@ def plan_it(config: Any) -> None:
     assert re.fullmatch(r"[^\n]{10,900}\.", said), said
 
 
-EASY = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True, "database": None}
+EASY: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True, "database": None}
 
 
 @settings(max_examples=200, **EASY)
