@@ -24,7 +24,7 @@ class Kind:
     nvlink: bool
 
 
-# Totals are those that the driver leaves to programs, as logged or measured for the example.
+# Totals are about what the driver leaves to programs; those of the B200 are not measured.
 KINDS = (
     Kind(16, "RTX 4060 Ti 16 GB", 15900, 8.9, False),
     Kind(24, "L4, RTX 4090", 22560, 8.9, False),
@@ -37,7 +37,7 @@ KINDS = (
     Kind(180, "B200", 182640, 10.0, True),
     Kind(192, "B200 192 GB", 188400, 10.0, True),
 )
-# Bytes a second of a fetch, at 1 Gbit/s; and of loading from a disk, an assumption (Timings.read_gib_per_second).
+# Bytes a second of a fetch, at 1 Gbit/s.
 FETCH_BYTES_PER_SECOND = 125_000_000
 
 
