@@ -41,7 +41,7 @@ def prepare() -> None:
     def named(name: str) -> str:
         return f"{version(DISTRIBUTION)}+cpu" if name == "vllm" else version(name)
 
-    importlib.metadata.version = named  # type: ignore[assignment]  # the one name of its argument is nowhere used
+    importlib.metadata.version = named  # type: ignore[assignment]
 
 
 def allow_what_runs_on_gpus_alone() -> None:

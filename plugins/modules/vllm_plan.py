@@ -77,6 +77,12 @@ options:
     type: list
     elements: str
     default: []
+  survey:
+    description:
+      - Whether to answer for the GPUs that one can rent, 1 to 8 of each, instead of for some of them - RV(survey) and RV(survey_table). The rest of the
+        result is then for the first of them that carries the model, so that no GPU is needed where this runs.
+    type: bool
+    default: false
   unknown:
     description:
       - What to do with an architecture whose caches no formula knows. V(refuse) fails, in check mode it warns. V(serve) plans it as if every layer kept
@@ -265,6 +271,23 @@ model_info:
   returned: success
   type: dict
   sample: {architecture: Qwen3ForCausalLM, quantization: bf16, parameters: 8190735360, max_context: 40960, origin: "https://huggingface.co", revision: main}
+survey:
+  description: With O(survey), what each kind and number of GPUs carries - C(gpus), C(gb), C(link), C(fits), C(context), C(users), C(reason) and C(helps).
+  returned: success
+  type: list
+  elements: dict
+  sample: [{gpus: 1, gb: 24, example: "L4, RTX 4090", link: "", fits: true, context: 32768, users: 2.5, reason: "", helps: ""}]
+survey_table:
+  description: RV(survey) as lines of a table.
+  returned: success
+  type: list
+  elements: str
+  sample: []
+fetching:
+  description: What the weights take on the disk (C(disk_gib)), and seconds to fetch them at 1 Gbit/s and to read them from the disk.
+  returned: success
+  type: dict
+  sample: {disk_gib: 15.3, fetch_seconds: 131, read_seconds: 15}
 disk:
   description: C(needed_mib) still to be fetched, and C(free_mib) in O(disk_path). C(free_mib) is -1 if it was not checked.
   returned: success
@@ -293,6 +316,7 @@ from ansible_collections.selfhosted.agent_stack.plugins.module_utils import (  #
     _vllm_change,
     _vllm_plan,
     _vllm_specs,
+    _vllm_survey,
 )
 from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_config import GIB, MIB, PlanError, UnknownArchitecture  # noqa: E402
 
@@ -452,6 +476,14 @@ def wish_of(params: dict[str, Any]) -> _vllm_plan.Wish:
     )
 
 
+def first_that_fits(surveyed: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the smallest GPUs of a survey that carry the model, and the largest where none does."""
+    rows = [row for row in surveyed if row["fits"]] or surveyed[-1:]
+    row = min(rows, key=lambda entry: int(entry["gpus"]) * int(entry["gb"]))
+    kind = next(kind for kind in _vllm_survey.KINDS if kind.example == row["example"])
+    return [{"name": kind.example, "total_mib": kind.total_mib, "compute_capability": kind.capability}] * int(row["gpus"])
+
+
 def make_result(params: dict[str, Any], *, check_mode: bool = False) -> dict[str, Any]:
     """Return the module's result. Raises PlanError or ModelError."""
     registry, catalogue = params["registry"], params["catalogue"]
@@ -464,7 +496,10 @@ def make_result(params: dict[str, Any], *, check_mode: bool = False) -> dict[str
     name = os.path.basename(params["model"].rstrip("/")) if params["model"].startswith("/") else params["model"]
     family = _vllm_catalogue.match_family(catalogue.get("families", []), name, shape.architecture)
     parsers = parsers_of(params, family)
-    plan = _vllm_plan.make_plan(shape, files.weight_bytes, gpus_of(params["gpus"], params["timeout"]), wish_of(params))
+    surveyed = _vllm_survey.survey(shape, files.weight_bytes, wish_of(params)) if params["survey"] else []
+    gpus = gpus_of(first_that_fits(surveyed) if surveyed else params["gpus"], params["timeout"])
+    wish = wish_of(params | ({"tensor_parallel_size": len(gpus)} if surveyed else {}))
+    plan = _vllm_plan.make_plan(shape, files.weight_bytes, gpus, wish)
     serving = _vllm_change.read_serving(params["serving"], params["model"], plan.gpu.total_mib)
     swap = _vllm_change.plan_swap(plan, serving, host_free_mib=host_free_mib(), timings=_vllm_change.Timings())
     disk, no_room = disk_of(params["disk_path"], files.missing_bytes)
@@ -477,7 +512,7 @@ def make_result(params: dict[str, Any], *, check_mode: bool = False) -> dict[str
             faster["arguments"] += entry["arguments"]
             faster["environment"].update(entry["environment"])
     together = plan.tensor_parallel * params["pipeline_parallel_size"]
-    gpus = "1 GPU" if together == 1 else f"each of {together} GPUs"
+    on = "1 GPU" if together == 1 else f"each of {together} GPUs"
     warnings = warnings_of(plan, swap, shape, family, params, files)
     # A guess refuses nothing.
     guessed = not shape.known and not plan.fits and params["unknown"] == "serve"
@@ -490,7 +525,7 @@ def make_result(params: dict[str, Any], *, check_mode: bool = False) -> dict[str
         "advice": ("" if guessed else plan.advice)
         or ("Free that much, or set another disk_path." if no_room else "Stop them, or ask for a smaller share." if blocked else ""),
         "warnings_found": warnings,
-        "summary": f"{params['model']}: {memory.weights / GIB:.1f} GiB of weights on {gpus}, {memory.kv_cache / GIB:.1f} GiB of KV cache"
+        "summary": f"{params['model']}: {memory.weights / GIB:.1f} GiB of weights on {on}, {memory.kv_cache / GIB:.1f} GiB of KV cache"
         f" for {memory.kv_tokens:,} tokens, {memory.contexts:.1f} contexts of {plan.context:,}",
         "arguments": size_arguments(plan, swap, params) + for_model if fits else [],
         "model_arguments": for_model,
@@ -518,6 +553,9 @@ def make_result(params: dict[str, Any], *, check_mode: bool = False) -> dict[str
             "origin": files.origin,
             "revision": files.revision,
         },
+        "survey": surveyed,
+        "survey_table": _vllm_survey.table(surveyed) if surveyed else [],
+        "fetching": _vllm_survey.fetching(files.weight_bytes, shape, _vllm_change.Timings().read_gib_per_second),
         "disk": disk,
         "swap": {
             "strategy": "none" if no_room else swap.strategy,
@@ -543,6 +581,7 @@ def main() -> None:
             "pipeline_parallel_size": {"type": "int", "default": 1},
             "kv_cache_dtype": {"type": "str", "choices": ["auto", "fp8", "fp8_e4m3", "fp8_e5m2", "bfloat16", "float16"], "default": "auto"},
             "extra_arguments": {"type": "list", "elements": "str", "default": []},
+            "survey": {"type": "bool", "default": False},
             "unknown": {"type": "str", "choices": ["refuse", "serve"], "default": "refuse"},
             "tool_call_parser": {"type": "str", "default": "auto"},
             "reasoning_parser": {"type": "str", "default": "auto"},

@@ -44,6 +44,7 @@ def plan_parameters(model: str, **params: Any) -> dict[str, Any]:
         "kv_cache_dtype": "auto",
         "extra_arguments": [],
         "unknown": "refuse",
+        "survey": False,
         "tool_call_parser": "auto",
         "reasoning_parser": "auto",
         "disk_path": "",
@@ -202,6 +203,23 @@ def test_models_are_told_apart(tmp_path: Path) -> None:
         plan(model(tmp_path / "rm", "qwen2.5-7b", architectures=["Qwen2ForRewardModel"]))
 
 
+def test_a_survey_says_which_gpus_carry_a_model(tmp_path: Path) -> None:
+    result = plan(model(tmp_path / "Qwen3-32B", "qwen3-32b"), survey=True, gpus=[], max_model_len=32768)
+    rows = {(row["gpus"], row["gb"]): row for row in result["survey"]}
+    assert set(rows) == {(count, gb) for count in (1, 2, 4, 8) for gb in (16, 24, 32, 40, 48, 80, 96, 141, 180, 192)}
+    assert (rows[1, 24]["fits"], rows[1, 141]["fits"], rows[2, 80]["link"], rows[2, 48]["link"]) == (False, True, "NVLink", "PCIe")
+    assert rows[1, 80]["helps"] == "a KV cache in fp8" or "context of" in rows[1, 80]["helps"]
+    # More GPUs of a kind never carry less.
+    for gb in (24, 48, 80):
+        contexts = [rows[count, gb]["context"] for count in (1, 2, 4, 8)]
+        assert contexts == sorted(contexts)
+    assert result["fits"]
+    assert len(result["survey_table"]) > 5
+    assert result["fetching"] == {"disk_gib": 61.0, "fetch_seconds": 524, "read_seconds": 61}
+    nothing = plan(model(tmp_path / "DeepSeek-V3", "deepseek-v3", quantization_config=None), survey=True, gpus=[], gpu_memory_utilization=0.5)
+    assert (nothing["fits"], nothing["survey_table"][-1]) == (False, "none of these carries it")
+
+
 def test_the_layers_are_shown(tmp_path: Path) -> None:
     result = plan(model(tmp_path / "Qwen3.5-27B", "qwen3.5-27b"), max_model_len=8192)
     assert result["layers"] == [{"kind": "state", "layers": 48, "bytes": 3207168}, {"kind": "full", "layers": 16, "bytes": 4096}]
@@ -261,3 +279,14 @@ def test_the_playbook(tmp_path: Path, name: str, context: int, status: int, said
     assert result.returncode == status, result.stdout + result.stderr
     assert said in " ".join(result.stdout.split())
     assert "changed=0" in result.stdout
+
+
+def test_the_playbook_without_an_inventory_surveys(tmp_path: Path) -> None:
+    program = shutil.which("ansible-playbook", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    assert program
+    settings = {"vllm_model": model(tmp_path / "Llama-3.1-8B", "llama-3.1-8b"), "vllm_plan_json": True, "ansible_python_interpreter": sys.executable}
+    command = [program, "playbooks/plan.yml", "-i", os.devnull, "-e", json.dumps(settings)]
+    result = subprocess.run(command, cwd=ROOT, env=os.environ | {"ANSIBLE_FORCE_COLOR": "0"}, capture_output=True, text=True, check=False, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "fetch_seconds" in result.stdout
+    assert "H200" in result.stdout

@@ -283,23 +283,23 @@ def plan_it(config: Any) -> None:
     assert re.fullmatch(r"[^\n]{10,900}\.", said), said
 
 
-EASY = settings(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+EASY: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True, "database": None}
 
 
-@settings(EASY, max_examples=200)
+@settings(max_examples=200, **EASY)
 @given(mutated())
 def test_no_configuration_ends_in_a_traceback(config: Any) -> None:
     plan_it(config)
 
 
-@settings(EASY, max_examples=60)
+@settings(max_examples=60, **EASY)
 @given(st.recursive(VALUES, lambda inner: st.dictionaries(st.text(max_size=12), inner, max_size=4), max_leaves=8))
 def test_nor_does_anything_else_that_json_holds(config: Any) -> None:
     plan_it(config)
 
 
 @pytest.mark.long
-@settings(EASY, max_examples=5000)
+@settings(max_examples=5000, **EASY)
 @given(mutated())
 def test_nor_do_five_thousand(config: Any) -> None:
     plan_it(config)
