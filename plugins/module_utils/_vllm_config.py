@@ -184,7 +184,7 @@ def read_config(config: Any) -> Config:
     if not isinstance(first, str) or not first:
         raise PlanError("config.json names no architecture, so vLLM cannot know what model this is.")
     merged, inner = dict(config), False
-    for _ in range(2):  # Qwen3-Omni's text is two parts deep
+    for _depth in range(2):  # Qwen3-Omni's text is two parts deep
         text = next((merged[name] for name in TEXT_PARTS if isinstance(merged.get(name), dict)), None)
         if text is None:
             break

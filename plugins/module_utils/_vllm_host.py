@@ -503,7 +503,7 @@ def last_words(log: str) -> str:
     if not of_engine:
         return "\n".join(["Its last log lines:", *log.strip().splitlines()[-40:]])
     first = of_engine[0][1]
-    same = [match["said"] for _, match in of_engine if (match["process"], match["place"]) == (first["process"], first["place"])]
+    same = [match["said"] for _position, match in of_engine if (match["process"], match["place"]) == (first["process"], first["place"])]
     lines = same if len(same) <= 20 else [*same[:4], "...", *same[-15:]]
     return "\n".join([f"The first error in its log ({' '.join(filter(None, (first['process'], first['place'])))}):", *lines])
 

@@ -113,7 +113,7 @@ class Wish:
     def cache(self) -> str:
         """The host's directory of what the server compiles, or nothing."""
         mounts = [str(volume).partition(":") for volume in self.definition.get("volumes", [])]
-        return next((source for source, _, target in mounts if target == "/cache"), "")
+        return next((parts[0] for parts in mounts if parts[2] == "/cache"), "")
 
     def definition_for(self, strategy: str) -> dict[str, Any]:
         """Return the service as it is started: beside another model it gets only the share of the memory that is left."""
@@ -164,6 +164,7 @@ class Host(Protocol):
     def start(self, slot: str) -> None: ...
     def stop(self, slot: str, *, at_once: bool) -> None: ...
     def remove(self, slot: str) -> None: ...
+
     def log(self, slot: str) -> str:
         """Return why the slot's server ended, as far as its log tells, with a heading."""
 

@@ -145,7 +145,7 @@ def _whole(config: dict[str, Any], *names: str, default: int) -> int:
         value = config.get(name)
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != value or not -1 <= value <= 65536:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -1 <= value <= 65536:
             raise PlanError(f"config.json has {plain(value)} as {name} of its quantisation; allowed is a whole number up to 65,536.")
         return int(value)
     return default
