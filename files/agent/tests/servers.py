@@ -42,6 +42,14 @@ def wait_until(true: Callable[[], bool], what: str, seconds: float = 20) -> None
         time.sleep(0.05)
 
 
+def lives(pid: int) -> bool:
+    """Whether a process runs: one that ended may still wait for somebody to read its status."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def find_program(name: str, package: str, where: str = "") -> str:
     found = sorted(Path("/").glob(where), reverse=True) if where else []
     program = str(found[0]) if found else shutil.which(name)
@@ -153,7 +161,8 @@ class Postgres(Process):
         super().stop(how)  # SIGINT is a fast shutdown; the others would leave its children behind
 
     def crash(self) -> None:
-        """Kill every process of it at once, as a lost machine would."""
+        """Kill every process of it at once, as a lost machine would. Returns when none is left, or the next start finds its memory in use."""
+        self.process.send_signal(signal.SIGSTOP)  # no child is born after they were counted
         children = self._children()
         self.process.kill()
         for child in children:
@@ -161,6 +170,7 @@ class Postgres(Process):
                 os.kill(child, signal.SIGKILL)
         self.process.wait(20)
         self.process = None
+        wait_until(lambda: not any(map(lives, children)), "the processes of Postgres are gone")
 
     def freeze(self) -> None:
         """Stop the processes that serve connections, as a hung disk would."""
