@@ -138,7 +138,7 @@ types: agent-venv
 unit: venv packages
 	$(PART) $@ python -m pytest -q -n $(JOBS) -m "not long and not play" tests/unit
 
-# Those that run Ansible.
+## make unit-plays    unit tests that run Ansible: what roles refuse, and what they write
 .PHONY: unit-plays
 unit-plays: venv packages
 	$(PART) $@ python -m pytest -q -n $(JOBS) -m play tests/unit

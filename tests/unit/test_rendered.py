@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -114,3 +115,12 @@ def test_what_reaches_a_server_is_what_was_recorded(rendered: Path, host: str, n
     if os.environ.get("RECORD_RENDERED"):
         recorded.write_text(text)
     assert text == recorded.read_text(), f"{recorded.name} differs; the docstring of this file says how to record it again"
+
+
+SETS = r"\| *(difference|intersect|union|symmetric_difference|unique)\b"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("roles/*/templates/**/*.j2")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_file_depends_on_the_order_of_a_set(path: Path) -> None:
+    """Ansible's filters of sets return another order with each run, so the second run would write another file."""
+    assert [line for line in path.read_text().splitlines() if re.search(SETS, line)] == []
