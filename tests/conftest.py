@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / ".collections"), str(ROOT / "tools"), str(ROOT / "tests" / "host"), str(ROOT / "tests" / "swap")]
 
 # Fixtures of unit tests that run a play, which takes seconds where a table takes none.
-PLAYED = {"played", "rendered", "site"}
+PLAYED = {"installed", "played", "rendered", "site"}
 
 
 def pytest_configure(config: pytest.Config) -> None:

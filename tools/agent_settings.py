@@ -136,6 +136,11 @@ def entry_of(field: str, info: Any, module: Any) -> dict[str, Any]:
         "description": info.description,
     }
     if module.is_secret(info):
+        if field not in SECRETS:
+            raise SystemExit(
+                f"error: settings.py has the secret {field}, of which the role does not know the form. Name its pattern in SECRETS of "
+                "tools/agent_settings.py, or let FIXED match it if the role's vars/main.yml passes it on by itself."
+            )
         return found | {"type": "str", "secret": True, "optional": False} | SECRETS[field]
     found["default"] = json.loads(json.dumps(info.default))
     if field == "tools":

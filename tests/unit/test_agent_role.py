@@ -130,6 +130,12 @@ def test_the_generated_files_are_what_settings_py_says(monkeypatch: pytest.Monke
     assert agent_settings.main() == 0, capsys.readouterr().err
 
 
+def test_a_secret_of_no_known_form_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(agent_settings.SECRETS, "proxy_secret")
+    with pytest.raises(SystemExit, match=r"settings\.py has the secret proxy_secret, of which the role does not know the form"):
+        agent_settings.files()
+
+
 def test_a_file_that_is_not_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for directory in ("vars", "defaults", "meta"):
         (tmp_path / directory).mkdir()
