@@ -109,7 +109,7 @@ packages:
 .PHONY: engine
 engine: venv packages
 	@$(PREFLIGHT) engine disk
-	@python tests/host/host.py engine
+	@python tools/host/host.py engine
 	@python tools/machine.py .cache/machine.json
 
 # Before the parts run side by side: those that need images shall find nothing in their way.
@@ -119,7 +119,7 @@ set-up: venv packages engine agent-venv
 ## make images        the container images of the stack, made once for all test hosts
 .PHONY: images
 images: $(if $(SET_UP),,engine)
-	$(PART) $@ bash tests/images.sh
+	$(PART) $@ bash tools/host/images.sh
 
 # Parts of `make check`.
 

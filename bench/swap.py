@@ -16,10 +16,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "swap"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "molecule" / "swap" / "tests"))
 from swap_host import ROOT, Play, SwapHost
 
-HOST = SwapHost("agent-stack-swap", ROOT / "molecule" / "swap" / "inventory" / "hosts.yml", "tests/swap/model.yml")
+HOST = SwapHost("agent-stack-swap", ROOT / "molecule" / "swap" / "inventory" / "hosts.yml", "molecule/swap/tests/model.yml")
 NAP, LOAD = 1, 4
 
 

@@ -11,8 +11,8 @@ printf -- '---\nall:\n  hosts:\n    %s:\n      ansible_connection: community.doc
 ln -sfn ../../molecule/default/inventory/group_vars $inventory/group_vars
 export MOLECULE_PROJECT_DIRECTORY=$PWD
 
-python tests/host/host.py down $host --keep-images
-python tests/host/host.py up $host --images-of agent-stack-images
+python tools/host/host.py down $host --keep-images
+python tools/host/host.py up $host --images-of agent-stack-images
 python -c "import sys; sys.path.insert(0, 'tools'); import cores; cores.ensure('core-$newest')"
 play() {
   PATH="$PWD/.cache/core-$newest/venv/bin:$PATH" ANSIBLE_NOCOLOR=1 ansible-playbook site.yml -i $inventory -e @.cache/machine.json "$@" | tee .cache/parts/newest-play.log
@@ -22,4 +22,4 @@ play
 play
 grep -Eq "^$host +: .*changed=0 .*failed=0 " .cache/parts/newest-play.log || { echo "error: the second run changed something" >&2; exit 1; }
 python tools/versions.py --inventory $inventory
-python tests/host/host.py down $host --keep-images
+python tools/host/host.py down $host --keep-images

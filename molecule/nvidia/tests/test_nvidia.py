@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from testinfra.host import Host
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 NAME = "agent-stack-nvidia"
 GPUS = [f"GPU-00000000-0000-0000-0000-00000000000{index}" for index in range(2)]
 DRIVER = {"FAKE_DRIVER": "580.159.04", "FAKE_CUDA": 13000, "FAKE_GPUS": 1}

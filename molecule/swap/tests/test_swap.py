@@ -14,7 +14,7 @@ import time
 import pytest
 from swap_host import GATEWAY, ROOT, SwapHost
 
-HOST = SwapHost("agent-stack-swap", ROOT / "molecule" / "swap" / "inventory" / "hosts.yml", "tests/swap/model.yml")
+HOST = SwapHost("agent-stack-swap", ROOT / "molecule" / "swap" / "inventory" / "hosts.yml", "molecule/swap/tests/model.yml")
 WATCHDOG = "agent-stack-vllm-watchdog.service"
 RATE = 30
 ONE_GPU = ["sleep", "hold_and_recreate"]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PROGRESS = "/var/lib/agent-stack/vllm/progress.json"
 STATE = "/var/lib/agent-stack/vllm/swap.json"
 LOCK = "/var/lib/agent-stack/vllm/swap.lock"

@@ -2,9 +2,9 @@
 
 Standard library only, because it also works before the virtual environment exists.
 
-    python3 tests/host/host.py up NAME [--domain DOMAIN] [--publish 127.0.0.1:8443:443] [--with-docker] [--images-of NAME]
-    python3 tests/host/host.py down NAME [--keep-images] [--keep-volume]
-    python3 tests/host/host.py engine        # make sure that a Docker engine answers
+    python3 tools/host/host.py up NAME [--domain DOMAIN] [--publish 127.0.0.1:8443:443] [--with-docker] [--images-of NAME]
+    python3 tools/host/host.py down NAME [--keep-images] [--keep-volume]
+    python3 tools/host/host.py engine        # make sure that a Docker engine answers
 """
 
 from __future__ import annotations
