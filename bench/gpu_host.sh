@@ -137,6 +137,7 @@ share() {  # THROUGH CLIENTS SEED URL MODEL [options]: one line of OUT/share.jso
   result=$(client "$url" "$model" "$clients" "${SHARE_SECONDS:-15}" 128 350 --seed "$seed" --processes "$processes" "$@" 2> "$out/share.stderr")
   [ -n "$result" ] || { fail "load through $through: $(tail -1 "$out/share.stderr")"; return; }
   say "$through $result"
+  [[ $result == *'"failed": 0'* ]] || fail "requests through $through failed"
   echo "{\"through\": \"$through\", \"result\": $result, \"cpu_before\": $before, \"cpu_after\": $(cpu)}" >> "$out/share.jsonl"
 }
 
@@ -182,7 +183,11 @@ do_gpu() {
   fi
   declare -F take_gpu > /dev/null || { say "server.sh cannot take the GPU from the server"; return; }
   take_gpu
-  in_server nvidia-smi -L > "$out/gpu-host.txt" 2>&1
+  if in_server nvidia-smi -L > "$out/gpu-host.txt" 2>&1; then
+    return_gpu
+    fail "take_gpu took no GPU: $(cat "$out/gpu-host.txt")"
+    return
+  fi
   play gpu-away "$playbook" --tags vllm -e "vllm_model=${models[1]}" && fail "a swap on a server without its GPU"
   note gpu_away_turn "\"$(turn)\""
   return_gpu
