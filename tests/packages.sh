@@ -1,6 +1,6 @@
 #!/bin/sh
 # Installs the Debian packages that the tests run for real, where they are missing: Postgres, Redis, nginx,
-# HAProxy, promtool, Chromium, and a compiler for the driver of the scenario `nvidia`.
+# HAProxy, promtool, Chromium, Node, and a compiler for the driver of the scenario `nvidia`.
 # Nothing is started: the tests start servers of their own, on free loopback ports.
 set -eu
 missing=
@@ -11,6 +11,7 @@ PATH="$PATH:/usr/sbin" command -v haproxy >/dev/null || missing="$missing haprox
 command -v promtool >/dev/null || missing="$missing prometheus"
 command -v chromium >/dev/null || missing="$missing chromium fonts-dejavu-core"
 { command -v gcc && [ -e /usr/include/stdlib.h ]; } >/dev/null || missing="$missing gcc libc6-dev"
+command -v node >/dev/null || missing="$missing nodejs"
 command -v chromedriver >/dev/null || missing="$missing chromium-driver"
 [ -n "$missing" ] || exit 0
 if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then

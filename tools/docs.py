@@ -188,6 +188,14 @@ def check_sections(file: str, text: str) -> Iterator[Fault]:
         yield Fault(file, 1, f"sections are missing: {', '.join(missing)}")
 
 
+def check_roles(file: str, text: str, tree: Tree) -> Iterator[Fault]:
+    """The collection's README leads to that of every role."""
+    if file == "README.md":
+        for role in sorted(name for name in tree.files if re.fullmatch(r"roles/[a-z_]+/README\.md", name)):
+            if f"({tree.repository}/blob/main/{role})" not in text:
+                yield Fault(file, 1, f"there is no link to {role}")
+
+
 def check_code(file: str, text: str, tree: Tree) -> Iterator[Fault]:
     """Every path and every make target that a code span names exists."""
     home = PurePosixPath(file).parent
@@ -371,6 +379,7 @@ def check(root: Path) -> list[Fault]:
         faults += check_lines(file, text)
         faults += check_pseudo_headings(file, text)
         faults += check_sections(file, text)
+        faults += check_roles(file, text, tree)
         faults += check_code(file, text, tree)
         faults += check_links(file, text, tree)
         faults += check_generated(file, text, specs_of(root, file))

@@ -14,22 +14,24 @@ import subprocess
 import sys
 from pathlib import Path
 
-import yaml
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / ".collections"))
 
-ROLE = Path(__file__).resolve().parent.parent / "roles" / "agent_stack"
-CATALOGUE = ROLE / "vars" / "main.yml"
-DIGESTS = ROLE / "files" / "image-digests.json"
+from ansible_collections.selfhosted.agent_stack.plugins.plugin_utils import _components  # noqa: E402
+
+ROLES = ROOT / "roles"
+DIGESTS = ROLES / "agent_stack" / "files" / "image-digests.json"
 
 
 class PinError(Exception):
     """A registry gave no digest; the message names the image."""
 
 
-def references(catalogue: Path) -> list[str]:
-    """Return every reference with a tag that the role may pull."""
-    variables = yaml.safe_load(catalogue.read_text())
-    images = [entry["reference"] for entry in variables["__agent_stack_images"].values() if "reference" in entry]
-    return sorted({*images, *variables["__agent_stack_base_images"].values()})
+def references(roles: Path) -> list[str]:
+    """Return every reference with a tag that the components among some roles may pull."""
+    components = _components.load(roles).values()
+    images = [image["reference"] for image in _components.images(components).values() if "reference" in image]
+    return sorted({*images, *_components.base_images(components).values()})
 
 
 def digest(reference: str) -> str:
@@ -47,7 +49,7 @@ def digest(reference: str) -> str:
 
 def main() -> int:
     try:
-        digests = {reference: digest(reference) for reference in references(CATALOGUE)}
+        digests = {reference: digest(reference) for reference in references(ROLES)}
     except PinError as error:
         print(f"error: {error}\n{DIGESTS.name} was left as it is.", file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""Record what the pinned vLLM calls its parsers and models, into roles/vllm/files/vllm-registry.json.
+"""Record what the pinned vLLM calls its parsers, models, quantisations and templates, into roles/vllm/files/vllm-registry.json.
 
 A deployment that names a parser which vLLM does not have fails minutes after the model was loaded. The catalogue and the module vllm_plan are
 checked against this file, and a unit test fails when the pinned version is another than the recorded one.
@@ -21,22 +21,33 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 REGISTRY = ROOT / "roles" / "vllm" / "files" / "vllm-registry.json"
-IMAGES = ROOT / "roles" / "agent_stack" / "vars" / "main.yml"
+COMPONENT = ROOT / "roles" / "vllm" / "meta" / "component.yml"
 CPU_LOCK = ROOT / "files" / "images" / "vllm-cpu" / "requirements.lock"
 # What the wheels say for themselves: any Python of 3.11 to 3.14 on a glibc of 2.28 to 2.35.
 PLATFORMS = ["manylinux_2_28_x86_64", "manylinux_2_31_x86_64", "manylinux_2_35_x86_64"]
 TOOL_PARSERS = ("vllm/tool_parsers/__init__.py", ["_TOOL_PARSERS_TO_REGISTER"])
 REASONING_PARSERS = ("vllm/reasoning/__init__.py", ["_REASONING_PARSERS_TO_REGISTER"])
+QUANTIZATIONS = ("vllm/model_executor/layers/quantization/__init__.py", "QuantizationMethods")
+TOKENIZERS = ("vllm/tokenizers/registry.py", ["_VLLM_TOKENIZERS"])
+TEMPLATES = "vllm/transformers_utils/chat_templates/"
 ARCHITECTURES = ("vllm/model_executor/models/registry.py", ["_TEXT_GENERATION_MODELS", "_MULTIMODAL_MODELS", "_TRANSFORMERS_SUPPORTED_MODELS"])
 
 
 def pinned() -> dict[str, str]:
     """Return the distribution NAME==VERSION for each device: the image's tag, and the lock file of the image built here."""
-    image = yaml.safe_load(IMAGES.read_text())["__agent_stack_images"]["vllm-cuda"]["reference"]
+    image = yaml.safe_load(COMPONENT.read_text())["images"]["vllm-cuda"]["reference"]
     lock = re.search(r"^vllm-cpu==(\S+)", CPU_LOCK.read_text(), re.MULTILINE)
     if lock is None:
         raise SystemExit(f"error: {CPU_LOCK} pins no vllm-cpu")
     return {"cuda": f"vllm=={image.rpartition(':v')[2]}", "cpu": f"vllm-cpu=={lock.group(1)}"}
+
+
+def words(source: str, name: str) -> list[str]:
+    """Return the strings of the Literal that is assigned to a name. Raises KeyError for a name that is not there."""
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == name:
+            return sorted(entry.value for entry in ast.walk(node.value) if isinstance(entry, ast.Constant) and isinstance(entry.value, str))
+    raise KeyError(name)
 
 
 def keys(source: str, names: list[str]) -> list[str]:
@@ -53,10 +64,18 @@ def keys(source: str, names: list[str]) -> list[str]:
 
 def read_wheel(wheel: Path) -> dict[str, list[str]]:
     with zipfile.ZipFile(wheel) as archive:
-        return {
+        found = {
             kind: keys(archive.read(member).decode(), names)
-            for kind, (member, names) in (("tool_parsers", TOOL_PARSERS), ("reasoning_parsers", REASONING_PARSERS), ("architectures", ARCHITECTURES))
+            for kind, (member, names) in (
+                ("tool_parsers", TOOL_PARSERS),
+                ("reasoning_parsers", REASONING_PARSERS),
+                ("architectures", ARCHITECTURES),
+                ("tokenizer_modes", TOKENIZERS),
+            )
         }
+        found["quantizations"] = words(archive.read(QUANTIZATIONS[0]).decode(), QUANTIZATIONS[1])
+        found["chat_templates"] = sorted(name.rpartition("/")[2] for name in archive.namelist() if name.startswith(TEMPLATES) and name.endswith(".jinja"))
+        return found
 
 
 def download(requirement: str, directory: Path) -> Path:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import load
-from agent import MODEL, OURS, Bench, Cell
+from bench_agent import MODEL, OURS, Bench, Cell
 from rows import copy_of, fill
 from services import BENCH, servers, tree
 
@@ -108,7 +108,7 @@ class _Named:
 
 
 def test_the_last_line_is_what_was_promised() -> None:
-    command = [sys.executable, str(BENCH / "agent.py"), "--quick", "--seconds", "1", "--only", OURS]
+    command = [sys.executable, str(BENCH / "bench_agent.py"), "--quick", "--seconds", "1", "--only", OURS]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     result = json.loads(run.stdout.splitlines()[-1])

@@ -1,5 +1,6 @@
 # Copyright: the selfhosted.agent_stack maintainers
-# Apache-2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
 """Keep generated secrets in a YAML file on the controller; see plugins/modules/generated_secrets.py for the contract."""
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ COMMENT = "Written by the playbook: secrets that were generated because the inve
 def with_missing(existing: dict[str, str], names: list[str], length: int) -> tuple[dict[str, str], list[str]]:
     """Return the mapping completed with random values, and the names that were added."""
     created = [name for name in names if name not in existing]
-    new = {name: "".join(secrets.choice(ALPHABET) for _ in range(length)) for name in created}
+    new = {name: "".join(secrets.choice(ALPHABET) for _position in range(length)) for name in created}
     return {**existing, **new}, created
 
 

@@ -1,5 +1,6 @@
 # Copyright: the selfhosted.agent_stack maintainers
-# Apache-2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
 """Lookup plugin: the image reference for a name."""
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ description:
     and an unchanged one is never built twice.
 options:
   _terms:
-    description: Names from the catalogue in C(roles/agent_stack/vars/main.yml).
+    description: Names of images that components declare in C(roles/*/meta/component.yml).
     required: true
   wants:
     description:
       - What to return. V(reference) is the image reference, V(origin) one of V(registry), V(build) and V(archive),
-        V(base) the image that a build starts from, V(release) the Debian release in it, V(context) the directory on the controller with the build's sources.
+        V(base) the image that a build starts from, V(release) the Debian release in it, V(context) the directory on the controller with the build's sources,
+        V(wheels) whether C(agent_stack_wheel_dir) is a part of these.
     type: str
-    choices: [reference, origin, base, release, context]
+    choices: [reference, origin, base, release, context, wheels]
     default: reference
 """
 
@@ -47,7 +49,7 @@ from typing import Any  # noqa: E402
 from ansible.errors import AnsibleError  # noqa: E402
 from ansible.plugins.lookup import LookupBase  # noqa: E402
 
-from ..plugin_utils import _images  # noqa: E402
+from ..plugin_utils import _components, _images  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DIGESTS = ROOT / "roles" / "agent_stack" / "files" / "image-digests.json"
@@ -57,19 +59,20 @@ class LookupModule(LookupBase):
     def run(self, terms: list[str], variables: dict[str, Any] | None = None, **kwargs: Any) -> list[str]:
         self.set_options(var_options=variables, direct=kwargs)
         answer = getattr(_images, self.get_option("wants"))
-        settings = self._settings(variables or {})
         try:
+            settings = self._settings(variables or {})
             return [str(answer(term, settings)) for term in terms]
-        except (_images.ImageError, OSError) as error:
+        except (_components.ComponentError, _images.ImageError, OSError) as error:
             raise AnsibleError(str(error)) from error
 
     def _settings(self, variables: dict[str, Any]) -> _images.Settings:
         def value(name: str) -> Any:
             return self._templar.template(variables[name])
 
+        components = _components.load(ROOT / "roles").values()
         return _images.Settings(
-            catalogue=value("__agent_stack_images"),
-            base_images=value("__agent_stack_base_images"),
+            catalogue=_components.images(components),
+            base_images=_components.base_images(components),
             source=value("agent_stack_image_source"),
             collection_root=ROOT,
             digests=json.loads(DIGESTS.read_text()),

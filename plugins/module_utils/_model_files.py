@@ -1,5 +1,6 @@
 # Copyright: the selfhosted.agent_stack maintainers
-# Apache-2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
 """Where a model's files are, and how large: a directory, a hub cache, or the hub itself. PRIVATE to the collection: it may change at any time.
 
 Only config.json, the index and the headers of safetensors files are read, never weights.
@@ -17,7 +18,8 @@ from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote
-from urllib.request import Request, urlopen
+
+from ansible.module_utils.urls import open_url
 
 INDEX = "model.safetensors.index.json"
 # The copies of the weights in other formats, which are not fetched where there are safetensors (files/images/vllm-cpu/fetch_model.py).
@@ -32,13 +34,62 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """`weight_bytes` is what the weights take when vLLM has loaded them, None if only the config can tell. `missing_bytes` are still to be fetched."""
+    """`weight_bytes` is what the weights take when vLLM has loaded them, None if only the config can tell. `missing_bytes` are still to be fetched.
+
+    `chat_template` is whether the model has one, None if nobody can tell.
+    """
 
     config: dict[str, Any]
     weight_bytes: int | None
     missing_bytes: int
     origin: str
     revision: str
+    chat_template: bool | None = None
+
+
+# Which layer of the text part a tensor belongs to, and heads that guess several tokens ahead, which vLLM loads for speculative decoding alone.
+LAYER = re.compile(r"(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.(\d+)\.")
+AHEAD = re.compile(r"(?:model\.)?(?:language_model\.)?mtp\.")
+SHARD = re.compile(r".*-(\d{5})-of-(\d{5})\.safetensors")
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "tekken.json")
+
+
+def unused(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether vLLM leaves a tensor out: layers beyond the model's, and heads that guess ahead."""
+    if AHEAD.match(name):
+        return True
+    text = config.get("text_config")
+    layers = config.get("num_hidden_layers") or (text.get("num_hidden_layers") if isinstance(text, dict) else None)
+    number = LAYER.match(name)
+    return bool(number) and isinstance(layers, int) and int(number.group(1) if number else 0) >= layers
+
+
+def own_weights(names: Iterable[str]) -> list[str]:
+    """Return the safetensors files beside config.json that are the model's: neither a second format of it nor an adapter."""
+    every = sorted(name for name in names if name.endswith(".safetensors") and "/" not in name and not name.startswith("adapter_"))
+    return [name for name in every if not name.startswith("consolidated")] or every
+
+
+def check_weights(files: Iterable[str], names: Iterable[str], model: str, made_of: str = "") -> None:
+    """Raise ModelError for shards that are missing, and for weights in a format that vLLM does not serve."""
+    numbered = [match for match in map(SHARD.fullmatch, files) if match]
+    if numbered:
+        absent = int(numbered[0].group(2)) - len({match.group(1) for match in numbered})
+        if absent > 0:
+            raise ModelError(f"{model} lacks {absent} of the {int(numbered[0].group(2))} safetensors files that their names count.")
+    others = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
+    if not list(files) and not others and any(name.endswith(".gguf") for name in names):
+        source = f", which is {made_of}" if made_of else ""
+        raise ModelError(f"{model} holds its weights as GGUF alone, for llama.cpp; vLLM serves the repository that they were made from{source}.")
+
+
+def adapter_sentence(model: str, described: Mapping[str, Any]) -> str:
+    base = described.get("base_model_name_or_path")
+    named = f" for {base}" if isinstance(base, str) and base else ""
+    return (
+        f"{model} is an adapter (LoRA){named} and no model: serve the model, and the adapter with it by vllm_extra_arguments"
+        " (--enable-lora --lora-modules NAME=PATH)."
+    )
 
 
 def find_model(model: str, revision: str, directories: Iterable[Path], hub: Hub | None) -> ModelFiles:
@@ -78,6 +129,12 @@ def read_directory(directory: Path, name: str) -> ModelFiles:
     try:
         config = parse_json((directory / "config.json").read_bytes(), f"config.json in {directory}")
     except FileNotFoundError:
+        try:
+            raise ModelError(adapter_sentence(name, parse_json((directory / "adapter_config.json").read_bytes(), "adapter_config.json"))) from None
+        except OSError:
+            pass
+        if directory.is_dir() and any(directory.glob("*.gguf")):
+            check_weights([], [file.name for file in directory.iterdir()], name)
         what = "has no config.json" if directory.is_dir() else "does not exist"
         raise ModelError(f"{directory} {what}, so there is no model to plan for.") from None
     except OSError as error:
@@ -89,11 +146,23 @@ def read_directory(directory: Path, name: str) -> ModelFiles:
         if absent:
             raise ModelError(f"the safetensors index of {name} names {len(absent)} files that are not there, such as {absent[0]}.")
     else:
-        every = sorted(file.name for file in directory.glob("*.safetensors"))
-        files = [file for file in every if not file.startswith("consolidated")] or every
+        names = [file.name for file in directory.iterdir()]
+        files = own_weights(names)
+        check_weights(files, names, name)
+    template = has_template(directory)
     if not files:
-        return ModelFiles(config, None, 0, str(directory), "")
-    return ModelFiles(config, sum(tensor_bytes(header(directory / file), config) for file in files), 0, str(directory), "")
+        return ModelFiles(config, None, 0, str(directory), "", template)
+    return ModelFiles(config, sum(tensor_bytes(header(directory / file), config) for file in files), 0, str(directory), "", template)
+
+
+def has_template(directory: Path) -> bool | None:
+    """Return whether a model in a directory has a chat template, None where no tokenizer says so."""
+    if any((directory / name).is_file() for name in TEMPLATE_FILES):
+        return True
+    try:
+        return b'"chat_template"' in (directory / "tokenizer_config.json").read_bytes()
+    except OSError:
+        return None
 
 
 def parse_json(text: bytes, what: str) -> dict[str, Any]:
@@ -139,12 +208,10 @@ def header(file: Path) -> dict[str, Any]:
 
 def tensor_bytes(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> int:
     """Return what vLLM keeps of some tensors: float32 as 16 bits unless quantised, and no layers beyond the model's (for speculative decoding)."""
-    layers = config.get("num_hidden_layers")
     halved = not config.get("quantization_config")
     total = 0
     for name, tensor in tensors.items():
-        number = re.match(r"model\.layers\.(\d+)\.", name)
-        if number and isinstance(layers, int) and int(number.group(1)) >= layers:
+        if unused(name, config):
             continue
         size = int(tensor["data_offsets"][1]) - int(tensor["data_offsets"][0])
         total += size // 2 if halved and tensor.get("dtype") == "F32" else size
@@ -172,28 +239,65 @@ class Hub:
         commit = str(about.get("sha") or revision or "main")
         sizes = {str(file.get("rfilename")): int(file.get("size") or 0) for file in about.get("siblings") or []}
         if "config.json" not in sizes:
+            if "adapter_config.json" in sizes:
+                path = f"/{model}/resolve/{commit}/adapter_config.json"
+                raise ModelError(adapter_sentence(model, parse_json(self.get(path, model, revision), f"adapter_config.json of {model}")))
+            check_weights([], sizes, model, base_of(about))
             raise ModelError(f"{model} has no config.json on the hub, so it is no model that vLLM could serve.")
         config = parse_json(self.get(f"/{model}/resolve/{commit}/config.json", model, revision), f"config.json of {model}")
+        ahead = 0
         if INDEX in sizes:
-            files = index_files(self.get(f"/{model}/resolve/{commit}/{INDEX}", model, revision), model)
+            index = self.get(f"/{model}/resolve/{commit}/{INDEX}", model, revision)
+            files = index_files(index, model)
+            ahead = self.unused_bytes(index, config, f"/{model}/resolve/{commit}/", model, revision)
             absent = [file for file in files if file not in sizes]
             if absent:
                 raise ModelError(f"the safetensors index of {model} names {len(absent)} files that the hub does not have, such as {absent[0]}.")
         else:
-            files = [file for file in sizes if fnmatch.fnmatch(file, "*.safetensors") and "/" not in file and not file.startswith("consolidated")]
-        weights = sum(sizes[file] for file in files) or None
+            files = own_weights(sizes)
+            check_weights(files, sizes, model, base_of(about))
+        weights = (sum(sizes[file] for file in files) - ahead) or None
         if weights is not None and not config.get("quantization_config"):
             weights -= float32_bytes(about) // 2
         fetched = sum(size for file, size in sizes.items() if not (files and any(fnmatch.fnmatch(file, pattern) for pattern in OTHER_WEIGHTS)))
-        return ModelFiles(config, weights, fetched, self.url, commit)
+        template = True if any(name in sizes for name in TEMPLATE_FILES) else None
+        if template is None and "tokenizer_config.json" in sizes:
+            template = b'"chat_template"' in self.get(f"/{model}/resolve/{commit}/tokenizer_config.json", model, revision)
+        return ModelFiles(config, weights, fetched, self.url, commit, template)
 
-    def get(self, path: str, model: str, revision: str) -> bytes:
-        """Return an answer's body. Raises ModelError."""
-        request = Request(self.url + path, headers={"User-Agent": "selfhosted.agent_stack"})
-        if self.token:
-            request.add_unredirected_header("Authorization", f"Bearer {self.token}")
+    def unused_bytes(self, index: bytes, config: Mapping[str, Any], where: str, model: str, revision: str) -> int:
+        """Return the bytes of tensors that vLLM leaves out, from the headers of the few files that hold them. Without an answer none is left out."""
+        places = {str(name): str(file) for name, file in parse_json(index, "the safetensors index")["weight_map"].items() if unused(str(name), config)}
+        total = 0
+        for file in sorted(set(places.values())):
+            try:
+                length = struct.unpack("<Q", self.get(where + file, model, revision, (0, 8)))[0]
+                if not 0 < length <= ANSWER_LIMIT:
+                    continue
+                tensors = parse_json(self.get(where + file, model, revision, (8, length)), f"the header of {file}")
+                total += sum(int(tensors[name]["data_offsets"][1]) - int(tensors[name]["data_offsets"][0]) for name, at in places.items() if at == file)
+            except (ModelError, KeyError, TypeError, IndexError, ValueError, struct.error):
+                continue
+        return total
+
+    def get(self, path: str, model: str, revision: str, part: tuple[int, int] | None = None) -> bytes:
+        """Return an answer's body, or some bytes of it from a place on. Raises ModelError."""
+        headers = {"Range": f"bytes={part[0]}-{part[0] + part[1] - 1}"} if part else {}
+        secret = {"Authorization": f"Bearer {self.token}"} if self.token else {}
         try:
-            with urlopen(request, timeout=self.timeout) as answer:
+            # No password of the host's own ~/.netrc goes to the hub.
+            with open_url(
+                self.url + path,
+                headers=headers | secret,
+                unredirected_headers=list(secret),
+                http_agent="selfhosted.agent_stack",
+                timeout=self.timeout,
+                use_netrc=False,
+            ) as answer:
+                if part:
+                    # A server that knows no ranges answers with the whole.
+                    skipped = answer.read(part[0]) if answer.status == 200 else b""
+                    return bytes(answer.read(part[1])) if len(skipped) <= part[0] else b""
                 body = bytes(answer.read(ANSWER_LIMIT + 1))
         except HTTPError as error:
             raise ModelError(self.refusal(error, model, revision)) from None
@@ -215,6 +319,14 @@ class Hub:
             hidden = "the token may not read it" if self.token else "it is private, and no token was given"
             return f"the hub has no model {model}, or {hidden}."
         return f"{self.url} answered {error.code} about {model}."
+
+
+def base_of(about: Mapping[str, Any]) -> str:
+    """Return the model that a repository says it was made from, or nothing."""
+    card = about.get("cardData")
+    base = card.get("base_model") if isinstance(card, dict) else None
+    base = base[0] if isinstance(base, list) and base else base
+    return base if isinstance(base, str) else ""
 
 
 def float32_bytes(about: Mapping[str, Any]) -> int:

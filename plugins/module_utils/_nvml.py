@@ -1,5 +1,6 @@
 # Copyright: the selfhosted.agent_stack maintainers
-# Apache-2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
 """What NVIDIA's driver says about the GPUs. PRIVATE to the collection: it may change at any time.
 
 NVML's Python bindings (`nvidia-ml-py`) are asked where the host has them, else `nvidia-smi`. Both give the same structure. A driver that hangs
@@ -16,10 +17,10 @@ import select
 import signal
 import subprocess
 import time
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from xml.etree import ElementTree
 
 MIB = 1024 * 1024
 # nvmlMemory_v2: the size of the structure and its version. Only this version tells what the driver keeps for itself.
@@ -216,6 +217,8 @@ def from_nvidia_smi(executable: str | None, timeout: float) -> dict[str, Any]:
 def run_nvidia_smi(command: list[str], timeout: float) -> str | None:
     """Return what nvidia-smi prints, or None if it finds no GPU. Raises GpuError."""
     try:
+        # A driver that hangs is left behind after a time, which run_command cannot do.
+        # pylint: disable-next=ansible-bad-function
         result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
     except subprocess.TimeoutExpired:
         raise GpuError(f"{command[0]} did not answer within {timeout:g} seconds") from None

@@ -1,5 +1,6 @@
 # Copyright: the selfhosted.agent_stack maintainers
-# Apache-2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
 """What a swap does to a host: Docker, systemd, HAProxy's runtime API and vLLM's HTTP API. PRIVATE to the collection: it may change at any time."""
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import re
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,12 +26,14 @@ from urllib.request import Request
 
 from ansible_collections.selfhosted.agent_stack.plugins.module_utils import _vllm_api
 from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_judge import OPENER, Judge, unix_url
-from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_swap import HOLD, SLOTS, State, SwapError, Traffic
+from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_swap import HOLD, SLOTS, State, SwapError, Traffic, unused_caches
 
 NETWORK = "agent-stack-model"
 PORT = 8000
 # A server of HAProxy's takes no new requests with any of these set: maintenance by command, inherited, for want of an address, or by host name.
 OUT_OF_SERVICE = 0x01 | 0x02 | 0x20 | 0x40
+# (EngineCore_DP0 pid=215) ERROR 11-27 12:00:01 [core.py:866] EngineCore failed to start.
+ERROR_LINE = re.compile(r"^(?:\((?P<process>\S+) pid=\d+\) )?ERROR \d\d-\d\d \d\d:\d\d:\d\d \[?(?P<place>\S+?)\] ?(?P<said>.*)$")
 SERVER_LINE = re.compile(r"^(\s*server (\w+) .*?)( disabled)?$", re.MULTILINE)
 
 
@@ -44,6 +48,11 @@ class Paths:
     def servers(self) -> Path:
         """The part of the gateway's configuration that names its servers."""
         return self.root / "vllm" / "servers" / "servers.cfg"
+
+    @property
+    def gateway(self) -> Path:
+        """The rest of the gateway's configuration."""
+        return self.root / "vllm" / "config" / "haproxy.cfg"
 
     @property
     def socket(self) -> Path:
@@ -188,7 +197,28 @@ class Gateway:
         """Return what the file names: a slot, or that requests are held."""
         text = self.paths.servers.read_text() if self.paths.servers.exists() else ""
         lines = SERVER_LINE.findall(text)
-        return str(next((name for _, name, disabled in lines if name in SLOTS and not disabled), HOLD))
+        return str(next((name for _text, name, disabled in lines if name in SLOTS and not disabled), HOLD))
+
+
+def check_gateway(configuration: str, servers: str, paths: Paths, image: str, docker: str = "docker") -> None:
+    """Have the HAProxy that will read a configuration check it, in a container without a network. Raises SwapError with what HAProxy says."""
+    with tempfile.TemporaryDirectory() as directory:
+        # Its user in the image is another one.
+        os.chmod(directory, 0o755)  # noqa: S103
+        files = {"haproxy.cfg": configuration, "servers.cfg": servers}
+        for name, text in files.items():
+            write(Path(directory) / name, text, 0o644)
+        command = [docker, "run", "--rm", "--pull", "never", "--network", "none", "--add-host", "gateway.inference.internal:127.0.0.1", "--user", "99:99"]
+        command += ["--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--volume", f"{directory}:/check:ro"]
+        command += ["--volume", f"{paths.root / 'vllm' / 'config'}:/etc/agent-stack:ro", "--entrypoint", "haproxy", image, "-c"]
+        command += [argument for name in files for argument in ("-f", f"/check/{name}")]
+        try:
+            result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, stdin=subprocess.DEVNULL)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise SwapError(f"the gateway's new configuration could not be checked, and nothing was changed: {error}") from error
+    if result.returncode != 0:
+        said = (result.stderr or result.stdout).strip()
+        raise SwapError(f"the gateway's new configuration is not valid, and nothing was changed: {said}")
 
 
 class DockerHost:
@@ -206,6 +236,8 @@ class DockerHost:
 
     def run(self, *command: str, timeout: float = 120, check: bool = True) -> subprocess.CompletedProcess[str]:
         try:
+            # The watchdog runs this on the host without Ansible, and so without run_command.
+            # pylint: disable-next=ansible-bad-function
             result = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, stdin=subprocess.DEVNULL)
         except subprocess.TimeoutExpired:
             raise SwapError(f"`{' '.join(command[:5])}` took more than {timeout:g} seconds") from None
@@ -325,8 +357,20 @@ class DockerHost:
         shutil.rmtree(self.paths.project(slot), ignore_errors=True)
 
     def log(self, slot: str) -> str:
-        result = self.run(self.docker, "logs", "--tail", "40", container(slot), check=False)
-        return "\n".join((result.stdout + result.stderr).strip().splitlines()[-40:])
+        # Only of its last start: an earlier one may have ended for another reason.
+        started = str(self.inspect(slot).get("State", {}).get("StartedAt") or "0")
+        result = self.run(self.docker, "logs", "--tail", "4000", "--since", started, container(slot), check=False)
+        return last_words(result.stdout + result.stderr)
+
+    def remove_unused_caches(self, state: State) -> None:
+        """What is compiled for an image is kept as long as a slot uses the image. What cannot be removed is left."""
+        found = [str(path) for path in sorted((self.paths.data / "vllm-cache").glob("*"))]
+        for path in unused_caches(found, state.slots.values()):
+            if os.path.isdir(path) and not os.path.islink(path):
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
 
     def ready(self, slot: str) -> bool:
         try:
@@ -352,7 +396,7 @@ class DockerHost:
         try:
             self.http(slot, path, post=True, timeout=300)
         except OSError as error:
-            raise SwapError(f"{container(slot)} does not {what}: {error}.\nIts last log lines:\n{self.log(slot)}") from error
+            raise SwapError(f"{container(slot)} does not {what}: {error}.\n{self.log(slot)}") from error
 
     def busy(self, slot: str) -> int:
         """Both are asked: the gateway knows streams that the engine has ended, the engine those that the gateway lost with a restart."""
@@ -447,6 +491,21 @@ class DockerHost:
         whole = rows.get("BACKEND", {})
         served = sum(int(row.get("scur") or 0) for name, row in rows.items() if name not in ("BACKEND", HOLD))
         return Traffic(max(0, int(whole.get("scur") or 0) - served), int(whole.get("hrsp_5xx") or 0))
+
+
+def last_words(log: str) -> str:
+    """Return the first error that the engine says, or the last lines if it says none, with a heading.
+
+    The API server's traceback, which comes last, only says that the cause stands above it. Of a long traceback the middle is left out.
+    """
+    found = [(line, match) for line in log.strip().splitlines() if (match := ERROR_LINE.match(line))]
+    of_engine = [(line, match) for line, match in found if match["process"] and not match["process"].startswith("APIServer")] or found
+    if not of_engine:
+        return "\n".join(["Its last log lines:", *log.strip().splitlines()[-40:]])
+    first = of_engine[0][1]
+    same = [match["said"] for _position, match in of_engine if (match["process"], match["place"]) == (first["process"], first["place"])]
+    lines = same if len(same) <= 20 else [*same[:4], "...", *same[-15:]]
+    return "\n".join([f"The first error in its log ({' '.join(filter(None, (first['process'], first['place'])))}):", *lines])
 
 
 def address_of(found: dict[str, Any]) -> str:

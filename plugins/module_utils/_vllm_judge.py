@@ -1,5 +1,6 @@
 # Copyright: the selfhosted.agent_stack maintainers
-# Apache-2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
 """Asking a vLLM server, and judging it by what it does. PRIVATE to the collection: it may change at any time."""
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ GOLDEN_PROMPTS: dict[str, Any] = {
     "options": {
         "prompt": {"type": "str", "required": True},
         "expect": {"type": "str", "required": True},
-        "max_tokens": {"type": "int", "default": 64},
+        "max_tokens": {"type": "int", "default": 64, "no_log": False},
         "seconds": {"type": "float", "default": 0},
     },
 }

@@ -1,5 +1,6 @@
 # Copyright: the selfhosted.agent_stack maintainers
-# Apache-2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+# Simplified BSD License (see LICENSES/BSD-2-Clause.txt or https://opensource.org/licenses/BSD-2-Clause)
+# SPDX-License-Identifier: BSD-2-Clause
 """Changing the model that serves, step by step, with no request lost. PRIVATE to the collection: it may change at any time.
 
 Two slots, blue and green, each a server of its own. One serves; the other is where the next model starts, and where the last one waits for a rollback.
@@ -13,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Protocol
 
@@ -31,7 +32,11 @@ class SwapError(Exception):
 
 @dataclass
 class Slot:
-    """What is in a slot. `condition` is serving, starting, running, falling asleep, asleep or stopped; `proven` what has served before."""
+    """What is in a slot. `condition` is serving, starting, running, falling asleep, asleep or stopped; `proven` what has served before.
+
+    `port` is where other hosts that share the model meet this one: 0 if there are none. `cache` is the host's directory of what the server compiles, or
+    nothing. Both are None in a record of a version that did not write them down.
+    """
 
     model: str
     digest: str
@@ -44,6 +49,8 @@ class Slot:
     load_seconds: float = 0.0
     proven: bool = False
     since: float = 0.0
+    port: int | None = None
+    cache: str | None = None
 
 
 @dataclass
@@ -96,6 +103,18 @@ class Wish:
         """Tells two wishes apart. Where the new model is started does not count."""
         return hashlib.sha256(json.dumps(self.definition, sort_keys=True).encode()).hexdigest()[:16]
 
+    @property
+    def port(self) -> int:
+        """Where the other hosts of the model meet this one, or 0."""
+        command = self.definition["command"]
+        return int(command[command.index("--master-port") + 1]) if "--master-port" in command else 0
+
+    @property
+    def cache(self) -> str:
+        """The host's directory of what the server compiles, or nothing."""
+        mounts = [str(volume).partition(":") for volume in self.definition.get("volumes", [])]
+        return next((parts[0] for parts in mounts if parts[2] == "/cache"), "")
+
     def definition_for(self, strategy: str) -> dict[str, Any]:
         """Return the service as it is started: beside another model it gets only the share of the memory that is left."""
         if strategy != "side_by_side" or not self.beside_utilization:
@@ -145,7 +164,9 @@ class Host(Protocol):
     def start(self, slot: str) -> None: ...
     def stop(self, slot: str, *, at_once: bool) -> None: ...
     def remove(self, slot: str) -> None: ...
-    def log(self, slot: str) -> str: ...
+
+    def log(self, slot: str) -> str:
+        """Return why the slot's server ended, as far as its log tells, with a heading."""
 
     def ready(self, slot: str) -> bool:
         """Whether the server answers its health check."""
@@ -296,7 +317,16 @@ class Swap:
         state.target, state.strategy = target, strategy
         if wish:
             share = wish.beside_utilization if strategy == "side_by_side" else wish.utilization
-            state.slots[target] = Slot(wish.model, wish.digest, wish.weights_mib, share or wish.utilization, wish.sleep_mode, since=self.host.now())
+            state.slots[target] = Slot(
+                wish.model,
+                wish.digest,
+                wish.weights_mib,
+                share or wish.utilization,
+                wish.sleep_mode,
+                since=self.host.now(),
+                port=wish.port,
+                cache=wish.cache,
+            )
         self.host.save(state)
 
     def _bring_up(self, slot: str, *, briefly: bool = False) -> None:
@@ -315,15 +345,15 @@ class Swap:
         self._tell("judge")
         reasons = host.judge(slot, briefly=briefly)
         if reasons:
-            raise SwapError(f"{self._name(slot)} was judged unfit: {'; '.join(reasons)}.\nIts last log lines:\n{host.log(slot)}")
+            raise SwapError(f"{self._name(slot)} was judged unfit: {'; '.join(reasons)}.\n{host.log(slot)}")
 
     def _wait_until_ready(self, slot: str) -> None:
         deadline = self.host.now() + self.limits.start
         while not self.host.ready(slot):
             if self.host.status(slot) != "running":
-                raise SwapError(f"{self._name(slot)} ended while it was starting.\nIts last log lines:\n{self.host.log(slot)}")
+                raise SwapError(f"{self._name(slot)} ended while it was starting.\n{self.host.log(slot)}")
             if self.host.now() > deadline:
-                raise SwapError(f"{self._name(slot)} was not ready after {self.limits.start:g} seconds.\nIts last log lines:\n{self.host.log(slot)}")
+                raise SwapError(f"{self._name(slot)} was not ready after {self.limits.start:g} seconds.\n{self.host.log(slot)}")
             self._held_too_long(slot)
             self._tell("load")
             self.host.pause(0.5)
@@ -453,7 +483,7 @@ class Swap:
 
     def _fit(self, slot: str) -> bool:
         """Whether a slot answers. One that runs and is late with one answer is busy, not broken."""
-        for _ in range(3):
+        for _attempt in range(3):
             if self.host.status(slot) != "running":
                 return False
             if self.host.ready(slot):
@@ -505,7 +535,7 @@ class Swap:
         if self.host.now() - self._held_since > longest:
             raise SwapError(
                 f"requests had been held for {longest:g} seconds, and {self._name(slot)} did not answer yet; the gateway holds them for"
-                f" {self.limits.hold:g} (vllm_hold_seconds).\nIts last log lines:\n{self.host.log(slot)}"
+                f" {self.limits.hold:g} (vllm_hold_seconds).\n{self.host.log(slot)}"
             )
 
     def _drain(self, slot: str) -> None:
@@ -546,6 +576,12 @@ class Swap:
         if self._held_since is not None:
             self.held = max(self.held, traffic.held)
         self.report(phase, traffic)
+
+
+def unused_caches(found: Iterable[str], slots: Iterable[Slot]) -> list[str]:
+    """Return which of the caches that were found no slot uses. None where it is not written down what a slot uses, or nothing is in the slots."""
+    used = [slot.cache for slot in slots]
+    return [] if not used or None in used else [path for path in found if path not in used]
 
 
 def _known(of: type, data: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 #!/usr/bin/python
 # Copyright: the selfhosted.agent_stack maintainers
-# Apache-2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
 """Documentation of the action plugin of the same name."""
 
 from __future__ import annotations
@@ -70,14 +71,3 @@ created:
   elements: str
   sample: ["redis_agent_password"]
 """
-
-from ansible.module_utils.basic import AnsibleModule  # noqa: E402
-
-
-def main() -> None:
-    """Fail with an explanation: the action plugin does the work, and this code is never sent to a host."""
-    AnsibleModule(argument_spec={}).fail_json(msg="generated_secrets is an action plugin and runs on the controller only.")
-
-
-if __name__ == "__main__":
-    main()

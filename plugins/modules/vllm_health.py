@@ -1,6 +1,7 @@
 #!/usr/bin/python
 # Copyright: the selfhosted.agent_stack maintainers
-# Apache-2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
 """Module: does a vLLM server serve this model, and does it generate and call tools?"""
 
 from __future__ import annotations
@@ -145,12 +146,12 @@ def main() -> None:
         argument_spec={
             "url": {"type": "str", "required": True},
             "model": {"type": "str", "required": True},
-            "max_tokens": {"type": "int", "default": 4},
+            "max_tokens": {"type": "int", "default": 4, "no_log": False},
             "timeout": {"type": "int", "default": 30},
             "generate": {"type": "bool", "default": True},
             "tool_call": {"type": "bool", "default": False},
             "tool_prompt": {"type": "str", "default": ""},
-            "tool_max_tokens": {"type": "int", "default": 1024},
+            "tool_max_tokens": {"type": "int", "default": 1024, "no_log": False},
             "golden_prompts": GOLDEN_PROMPTS,
             "metrics_url": {"type": "str", "default": ""},
             "progress_seconds": {"type": "float", "default": 5},

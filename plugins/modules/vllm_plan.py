@@ -1,6 +1,7 @@
 #!/usr/bin/python
 # Copyright: the selfhosted.agent_stack maintainers
-# Apache-2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
 """Module: does a model fit on the GPUs, what does it carry there, and how to swap to it."""
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ description:
     with which arguments, and how to change to it from what runs now.
   - A model that does not fit is an answer, not a failure - RV(fits) is false, RV(reason) says why and RV(advice) what would fit. An input from which no
     plan can be made is a failure with one sentence - a model that does not exist, a gated one without a token, an architecture, a quantisation or a
-    parser that the pinned vLLM does not know, a context beyond the model's, a broken safetensors index.
+    parser that the pinned vLLM does not know, a model that answers with vectors or marks, a context beyond the model's, a broken safetensors index.
   - The KV cache is counted as vLLM counts it. On an H100 the tokens that vLLM 0.26 logged for 11 models were 1 to 6 % more than planned, because vLLM 0.33
     sets memory for CUDA graphs aside and 0.26 did not. What several GPUs need for talking to each other is an assumption.
 options:
@@ -64,10 +65,31 @@ options:
     type: int
     default: 1
   kv_cache_dtype:
-    description: How keys and values are kept. V(fp8) halves them.
+    description: How keys and values are kept. V(fp8) halves them. V(auto) is what the checkpoint asks for, and 16 bits if it asks for nothing.
     type: str
-    choices: [auto, fp8]
+    choices: [auto, fp8, fp8_e4m3, fp8_e5m2, bfloat16, float16]
     default: auto
+  extra_arguments:
+    description:
+      - More arguments of C(vllm serve) with which the model will be started. Those that change what it needs are read as vLLM reads them -
+        C(--kv-cache-dtype), C(--enforce-eager), C(--max-num-seqs), C(--max-num-batched-tokens), C(--block-size), C(--enable-prefix-caching),
+        C(--language-model-only), C(--quantization) and C(--speculative-config).
+    type: list
+    elements: str
+    default: []
+  survey:
+    description:
+      - Whether to answer for the GPUs that one can rent, 1 to 8 of each, instead of for some of them - RV(survey) and RV(survey_table). The rest of the
+        result is then for the first of them that carries the model, so that no GPU is needed where this runs.
+    type: bool
+    default: false
+  unknown:
+    description:
+      - What to do with an architecture whose caches no formula knows. V(refuse) fails, in check mode it warns. V(serve) plans it as if every layer kept
+        all tokens, and what the plan then says of its memory is a warning.
+    type: str
+    choices: [refuse, serve]
+    default: refuse
   tool_call_parser:
     description: vLLM's parser for tool calls. V(auto) takes it from the catalogue, empty means none.
     type: str
@@ -218,6 +240,22 @@ family:
   returned: success
   type: str
   sample: Qwen3
+family_by:
+  description: V(name) if the model's name says its family, V(architecture) if only its architecture does. Empty without a family.
+  returned: success
+  type: str
+  sample: name
+kind:
+  description: V(chat), or V(guard) for a model that judges what others write.
+  returned: success
+  type: str
+  sample: chat
+layers:
+  description: What the layers keep on each GPU - C(kind), how many C(layers), C(bytes) of one token or of a request's state, and C(window) in tokens.
+  returned: success
+  type: list
+  elements: dict
+  sample: [{kind: full, layers: 36, bytes: 4096}]
 tool_call_parser:
   description: Parser for tool calls. Empty if there is none.
   returned: success
@@ -233,6 +271,23 @@ model_info:
   returned: success
   type: dict
   sample: {architecture: Qwen3ForCausalLM, quantization: bf16, parameters: 8190735360, max_context: 40960, origin: "https://huggingface.co", revision: main}
+survey:
+  description: With O(survey), what each kind and number of GPUs carries - C(gpus), C(gb), C(link), C(fits), C(context), C(users), C(reason) and C(helps).
+  returned: success
+  type: list
+  elements: dict
+  sample: [{gpus: 1, gb: 24, example: "L4, RTX 4090", link: "", fits: true, context: 32768, users: 2.5, reason: "", helps: ""}]
+survey_table:
+  description: RV(survey) as lines of a table.
+  returned: success
+  type: list
+  elements: str
+  sample: []
+fetching:
+  description: What the weights take on the disk (C(disk_gib)), and seconds to fetch them at 1 Gbit/s and to read them from the disk.
+  returned: success
+  type: dict
+  sample: {disk_gib: 15.3, fetch_seconds: 131, read_seconds: 15}
 disk:
   description: C(needed_mib) still to be fetched, and C(free_mib) in O(disk_path). C(free_mib) is -1 if it was not checked.
   returned: success
@@ -253,8 +308,17 @@ from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 from ansible.module_utils.basic import AnsibleModule  # noqa: E402
-from ansible_collections.selfhosted.agent_stack.plugins.module_utils import _model_files, _nvml, _vllm_plan  # noqa: E402
-from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_plan import GIB, MIB, PlanError  # noqa: E402
+from ansible_collections.selfhosted.agent_stack.plugins.module_utils import (  # noqa: E402
+    _model_files,
+    _nvml,
+    _vllm_arguments,
+    _vllm_catalogue,
+    _vllm_change,
+    _vllm_plan,
+    _vllm_specs,
+    _vllm_survey,
+)
+from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_config import GIB, MIB, PlanError, UnknownArchitecture  # noqa: E402
 
 # A fetch also writes what is not weights, and file systems keep a reserve.
 DISK_MARGIN = GIB
@@ -308,13 +372,13 @@ def parsers_of(params: dict[str, Any], family: dict[str, Any] | None) -> dict[st
     for kind in ("tool_call", "reasoning"):
         name = params[f"{kind}_parser"]
         chosen[kind] = (family or {}).get(f"{kind}_parser", "") if name == "auto" else name
-        _vllm_plan.check_parser(
+        _vllm_catalogue.check_parser(
             kind.replace("_", " "), chosen[kind], params["registry"].get("tool_parsers" if kind == "tool_call" else "reasoning_parsers", [])
         )
     return chosen
 
 
-def size_arguments(plan: _vllm_plan.Plan, swap: _vllm_plan.Swap, params: dict[str, Any]) -> list[str]:
+def size_arguments(plan: _vllm_plan.Plan, swap: _vllm_change.Swap, params: dict[str, Any]) -> list[str]:
     utilization = swap.utilization if swap.strategy == "side_by_side" else params["gpu_memory_utilization"]
     sizes = ["--max-model-len", str(plan.context), "--gpu-memory-utilization", f"{utilization:g}", "--tensor-parallel-size", str(plan.tensor_parallel)]
     pipeline = params["pipeline_parallel_size"]
@@ -328,8 +392,10 @@ def model_arguments(
     arguments = []
     if params["kv_cache_dtype"] != "auto":
         arguments += ["--kv-cache-dtype", params["kv_cache_dtype"]]
-    if 0 < plan.gpu.capability < _vllm_plan.BF16_CAPABILITY and shape.quantization == "bf16":
+    if 0 < plan.gpu.capability < _vllm_plan.BF16_CAPABILITY and shape.quantization.name == "bf16":
         arguments += ["--dtype", "half"]
+    if family and family["tokenizer_mode"]:
+        arguments += ["--tokenizer-mode", family["tokenizer_mode"]]
     if parsers["tool_call"]:
         arguments += ["--enable-auto-tool-choice", "--tool-call-parser", parsers["tool_call"]]
         # The parser reads what the family's template asks the model for.
@@ -341,66 +407,127 @@ def model_arguments(
 
 
 def warnings_of(
-    plan: _vllm_plan.Plan, swap: _vllm_plan.Swap, shape: _vllm_plan.Shape, family: dict[str, Any] | None, params: dict[str, Any], *, measured: bool
+    plan: _vllm_plan.Plan,
+    swap: _vllm_change.Swap,
+    shape: _vllm_plan.Shape,
+    family: dict[str, Any] | None,
+    params: dict[str, Any],
+    files: _model_files.ModelFiles,
 ) -> list[str]:
+    """Return what the plan cannot know or what may surprise, a sentence each."""
     found = []
-    if not measured:
+    if files.weight_bytes is None:
         found.append("No safetensors files were found; the size of the weights is computed from config.json.")
     if family is None:
         found.append(f"The catalogue has no family for this model ({shape.model_type}), so no parser is chosen: the agent can offer it no tools.")
-    if shape.multimodal:
-        found.append("The model also takes images; what their encoder needs while it runs is not in the plan (--limit-mm-per-prompt switches it off).")
+    else:
+        if not family["names"]:
+            found.append(f"The parsers are those of its architecture ({shape.architecture}, family {family['name']}); no family names this model.")
+        if family["kind"] == "guard":
+            found.append(f"The model judges what others write ({family['name']}); it calls no tools and makes no agent.")
+    if files.chat_template is False and not (family and (family["chat_template"] or family["tokenizer_mode"])):
+        found.append("The model has no chat template, so it is a base model: it continues a text, and vLLM answers no chat with it.")
+    if not shape.known:
+        found.append(f"No formula is known for the caches of {shape.architecture}; they are counted as if every layer kept all tokens.")
+    if shape.multimodal and not params["read"].text_only:
+        found.append("The model also takes images; what their encoder needs while it runs is not in the plan (--language-model-only leaves it out).")
     if shape.stateful_layers:
-        found.append(f"{shape.stateful_layers} layers keep a state instead of keys and values, which is not in the plan.")
+        found.append(f"{shape.stateful_layers} layers keep a state instead of keys and values, which each request has whole, however short it is.")
     if plan.tensor_parallel * params["pipeline_parallel_size"] > 1:
         found.append("What several GPUs need for talking to each other is an assumption (1 GiB each), not measured.")
-    if 0 < plan.gpu.capability < _vllm_plan.FP8_CAPABILITY and shape.quantization == "fp8":
+    if 0 < plan.gpu.capability < _vllm_plan.FP8_CAPABILITY and shape.quantization.name == "fp8":
         found.append(f"The {plan.gpu.name} does not compute in FP8; the weights stay small, and the speed is that of 16 bits.")
-    if swap.strategy == "sleep" and shape.quantization in ("awq", "gptq", "int4"):
+    if params["read"].drafts:
+        found.append("Speculative decoding is counted by the states of its drafts; what a draft's own weights take is not in the plan.")
+    if swap.strategy == "sleep" and shape.quantization.name in ("awq", "gptq", "int4"):
         found.append("vLLM 0.26 miscounted a 4 bit 70B model in sleep mode and ran out of memory at a utilisation of 0.9; try a lower one first.")
     return found
 
 
-def make_result(params: dict[str, Any]) -> dict[str, Any]:
+def shape_of(config: dict[str, Any], registry: dict[str, Any], unknown: str, *, check_mode: bool) -> _vllm_plan.Shape:
+    """Return the model's shape. Raises PlanError, for an unknown architecture with the variable by which it is served all the same."""
+    known = set(registry.get("architectures", []))
+    methods = frozenset(registry.get("quantizations", []))
+    _vllm_catalogue.check_answers_with_text(next(iter(config.get("architectures") or [""]), "") if isinstance(config.get("architectures"), list) else "", known)
+    try:
+        return _vllm_plan.read_shape(config, known, methods, serve_unknown=unknown == "serve")
+    except UnknownArchitecture as error:
+        if check_mode:
+            return _vllm_plan.read_shape(config, known, methods, serve_unknown=True)
+        raise PlanError(f"{error} vllm_plan_unknown: serve serves it all the same.") from None
+
+
+def wish_of(params: dict[str, Any]) -> _vllm_plan.Wish:
+    """Return what was asked for. More arguments of `vllm serve` stand last there, and count. Raises PlanError."""
+    read = params["read"]
+    dtype = read.kv_cache_dtype or params["kv_cache_dtype"]
+    return _vllm_plan.Wish(
+        utilization=params["gpu_memory_utilization"],
+        context=params["max_model_len"],
+        tensor_parallel=params["tensor_parallel_size"],
+        pipeline=params["pipeline_parallel_size"],
+        kv_element_bytes=_vllm_arguments.KV_CACHE_DTYPES[dtype],
+        batch_tokens=read.tokens,
+        batch_requests=read.requests,
+        eager=read.eager,
+        prefix_caching=read.prefix_caching,
+        drafts=read.drafts,
+        block=read.block,
+    )
+
+
+def first_that_fits(surveyed: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the smallest GPUs of a survey that carry the model, and the largest where none does."""
+    rows = [row for row in surveyed if row["fits"]] or surveyed[-1:]
+    row = min(rows, key=lambda entry: int(entry["gpus"]) * int(entry["gb"]))
+    kind = next(kind for kind in _vllm_survey.KINDS if kind.example == row["example"])
+    return [{"name": kind.example, "total_mib": kind.total_mib, "compute_capability": kind.capability}] * int(row["gpus"])
+
+
+def make_result(params: dict[str, Any], *, check_mode: bool = False) -> dict[str, Any]:
     """Return the module's result. Raises PlanError or ModelError."""
     registry, catalogue = params["registry"], params["catalogue"]
     hub = _model_files.Hub(params["hub_url"], params["token"], params["timeout"]) if params["hub_url"] else None
     if not 0 < params["gpu_memory_utilization"] <= 1:
         raise PlanError(f"the utilisation is {params['gpu_memory_utilization']:g}; allowed is more than 0 and at most 1.")
+    params = params | {"read": _vllm_arguments.read_arguments(params["extra_arguments"])}
     files = _model_files.find_model(params["model"], params["revision"], [Path(path) for path in params["directories"]], hub)
-    shape = _vllm_plan.read_shape(files.config, set(registry.get("architectures", [])))
-    name = os.path.basename(params["model"]) if params["model"].startswith("/") else params["model"]
-    family = _vllm_plan.match_family(catalogue.get("families", []), name, shape)
+    shape = shape_of(files.config, registry, params["unknown"], check_mode=check_mode)
+    name = os.path.basename(params["model"].rstrip("/")) if params["model"].startswith("/") else params["model"]
+    family = _vllm_catalogue.match_family(catalogue.get("families", []), name, shape.architecture)
     parsers = parsers_of(params, family)
-    wish = _vllm_plan.Wish(
-        utilization=params["gpu_memory_utilization"],
-        context=params["max_model_len"],
-        tensor_parallel=params["tensor_parallel_size"],
-        pipeline=params["pipeline_parallel_size"],
-        kv_element_bytes=1 if params["kv_cache_dtype"] == "fp8" else 2,
-    )
-    plan = _vllm_plan.make_plan(shape, files.weight_bytes, gpus_of(params["gpus"], params["timeout"]), wish)
-    serving = _vllm_plan.read_serving(params["serving"], params["model"], plan.gpu.total_mib)
-    swap = _vllm_plan.plan_swap(plan, serving, host_free_mib=host_free_mib(), timings=_vllm_plan.Timings())
+    surveyed = _vllm_survey.survey(shape, files.weight_bytes, wish_of(params)) if params["survey"] else []
+    gpus = gpus_of(first_that_fits(surveyed) if surveyed else params["gpus"], params["timeout"])
+    wish = wish_of(params | ({"tensor_parallel_size": len(gpus)} if surveyed else {}))
+    plan = _vllm_plan.make_plan(shape, files.weight_bytes, gpus, wish)
+    serving = _vllm_change.read_serving(params["serving"], params["model"], plan.gpu.total_mib)
+    swap = _vllm_change.plan_swap(plan, serving, host_free_mib=host_free_mib(), timings=_vllm_change.Timings())
     disk, no_room = disk_of(params["disk_path"], files.missing_bytes)
     memory = plan.memory
     for_model = model_arguments(plan, parsers, family, shape, params)
     blocked = swap.reason if plan.fits and swap.strategy == "none" else ""
     faster: dict[str, Any] = {"arguments": [], "environment": {}}
     for entry in catalogue.get("faster", []):
-        if entry["quantization"] == shape.quantization and float(entry["compute_capability"]) == plan.gpu.capability:
+        if entry["quantization"] == shape.quantization.name and float(entry["compute_capability"]) == plan.gpu.capability:
             faster["arguments"] += entry["arguments"]
             faster["environment"].update(entry["environment"])
     together = plan.tensor_parallel * params["pipeline_parallel_size"]
-    gpus = "1 GPU" if together == 1 else f"each of {together} GPUs"
+    on = "1 GPU" if together == 1 else f"each of {together} GPUs"
+    warnings = warnings_of(plan, swap, shape, family, params, files)
+    # A guess refuses nothing.
+    guessed = not shape.known and not plan.fits and params["unknown"] == "serve"
+    if guessed:
+        warnings.append(f"By that count it does not fit: {plan.reason}")
+    fits = plan.fits or guessed
     return {
-        "fits": plan.fits and not no_room and not blocked,
-        "reason": plan.reason or no_room or blocked,
-        "advice": plan.advice or ("Free that much, or set another disk_path." if no_room else "Stop them, or ask for a smaller share." if blocked else ""),
-        "warnings_found": warnings_of(plan, swap, shape, family, params, measured=files.weight_bytes is not None),
-        "summary": f"{params['model']}: {memory.weights / GIB:.1f} GiB of weights on {gpus}, {memory.kv_cache / GIB:.1f} GiB of KV cache"
+        "fits": fits and not no_room and not blocked,
+        "reason": ("" if guessed else plan.reason) or no_room or blocked,
+        "advice": ("" if guessed else plan.advice)
+        or ("Free that much, or set another disk_path." if no_room else "Stop them, or ask for a smaller share." if blocked else ""),
+        "warnings_found": warnings,
+        "summary": f"{params['model']}: {memory.weights / GIB:.1f} GiB of weights on {on}, {memory.kv_cache / GIB:.1f} GiB of KV cache"
         f" for {memory.kv_tokens:,} tokens, {memory.contexts:.1f} contexts of {plan.context:,}",
-        "arguments": size_arguments(plan, swap, params) + for_model if plan.fits else [],
+        "arguments": size_arguments(plan, swap, params) + for_model if fits else [],
         "model_arguments": for_model,
         "faster": faster,
         "max_model_len": plan.context,
@@ -408,21 +535,27 @@ def make_result(params: dict[str, Any]) -> dict[str, Any]:
         "concurrent_contexts": round(memory.contexts, 2),
         "kv_tokens": memory.kv_tokens,
         "kv_bytes_per_token": memory.kv_bytes_per_token,
+        "layers": _vllm_specs.describe(shape.caches(_vllm_specs.Cache(plan.tensor_parallel, _vllm_plan.element_bytes(shape, wish_of(params), plan.gpu)))),
         "weights_mib": memory.weights // MIB,
         "overhead_mib": memory.overhead // MIB,
         "kv_cache_mib": memory.kv_cache // MIB,
         "tensor_parallel_size": plan.tensor_parallel,
         "family": family["name"] if family else "",
+        "family_by": "" if family is None else "name" if family["names"] else "architecture",
+        "kind": (family["kind"] if family else "") or "chat",
         "tool_call_parser": parsers["tool_call"],
         "reasoning_parser": parsers["reasoning"],
         "model_info": {
             "architecture": shape.architecture,
-            "quantization": shape.quantization,
+            "quantization": shape.quantization.name,
             "parameters": shape.parameters,
             "max_context": shape.max_context,
             "origin": files.origin,
             "revision": files.revision,
         },
+        "survey": surveyed,
+        "survey_table": _vllm_survey.table(surveyed) if surveyed else [],
+        "fetching": _vllm_survey.fetching(files.weight_bytes, shape, _vllm_change.Timings().read_gib_per_second),
         "disk": disk,
         "swap": {
             "strategy": "none" if no_room else swap.strategy,
@@ -446,7 +579,10 @@ def main() -> None:
             "max_model_len": {"type": "int", "default": 0},
             "tensor_parallel_size": {"type": "int", "default": 0},
             "pipeline_parallel_size": {"type": "int", "default": 1},
-            "kv_cache_dtype": {"type": "str", "choices": ["auto", "fp8"], "default": "auto"},
+            "kv_cache_dtype": {"type": "str", "choices": ["auto", "fp8", "fp8_e4m3", "fp8_e5m2", "bfloat16", "float16"], "default": "auto"},
+            "extra_arguments": {"type": "list", "elements": "str", "default": []},
+            "survey": {"type": "bool", "default": False},
+            "unknown": {"type": "str", "choices": ["refuse", "serve"], "default": "refuse"},
             "tool_call_parser": {"type": "str", "default": "auto"},
             "reasoning_parser": {"type": "str", "default": "auto"},
             "disk_path": {"type": "path", "default": ""},
@@ -460,7 +596,7 @@ def main() -> None:
     # The action plugin gives both. Without it, as with `delegate_to` from another tool, nothing is known and nothing refused.
     params = module.params | {"catalogue": module.params["catalogue"] or {}, "registry": module.params["registry"] or {}}
     try:
-        result = make_result(params)
+        result = make_result(params, check_mode=module.check_mode)
     except (PlanError, _model_files.ModelError) as error:
         module.fail_json(msg=str(error))
     module.exit_json(changed=False, **result)

@@ -1,6 +1,7 @@
 #!/usr/bin/python
 # Copyright: the selfhosted.agent_stack maintainers
-# Apache-2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
 """Module: have a model serve in place of another, with no request lost."""
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ description:
   - One operation that can be repeated, and that only one run at a time does. It starts the new model in the slot that does not serve, judges it as
     M(selfhosted.agent_stack.vllm_health) does, sends new requests to it, lets the old one finish what it has, and keeps that for a rollback.
   - A new model that does not start, or is judged unfit, never meets a user. What served before serves on, and the module fails with the reason and
-    the server's last log lines. The same holds for a run that was killed, once the module is run again.
+    the engine's first error, or the server's last log lines. The same holds for a run that was killed, once the module is run again.
   - Where both models do not fit beside each other, the gateway holds requests while one gives its memory to the other.
   - The work is done by a process of its own on the host, which a lost connection does not end. What it does is shown while it runs.
 extends_documentation_fragment: selfhosted.agent_stack.golden_prompts
@@ -44,6 +45,16 @@ options:
     description:
       - The part of the gateway's configuration that names its servers. Needed for O(state=prepared), which keeps in it what serves, and fails if another
         run is under way.
+    type: str
+    default: ""
+  configuration:
+    description:
+      - The rest of the gateway's configuration. It is not written, but with O(state=prepared) HAProxy checks it together with O(servers) before those are, if
+        one of them is new. Not in check mode.
+    type: str
+    default: ""
+  gateway_image:
+    description: Image of the gateway, which must be on the host. Needed for O(configuration).
     type: str
     default: ""
   served_name:
@@ -115,7 +126,7 @@ EXAMPLES = r"""
 - name: Have a model serve
   selfhosted.agent_stack.vllm_swap:
     model: Qwen/Qwen3-8B
-    definition: "{{ lookup('ansible.builtin.template', 'server.yml.j2') | from_yaml }}"
+    definition: "{{ lookup('selfhosted.agent_stack.vllm_service', plan, image='docker.io/vllm/vllm-openai:v0.33.0').definition }}"
     strategy: "{{ plan.swap.strategy }}"
     golden_prompts:
       - {prompt: "What is 2 + 2? Answer with the number.", expect: "4"}
@@ -134,6 +145,8 @@ active:
 slots:
   description:
     - What is in each slot - C(model), C(condition), C(digest), C(utilization), C(weights_mib), C(sleep_mode), C(slept_before), C(load_seconds), C(since).
+    - C(cache) is the directory of what the server compiles, and C(port) where other hosts that share the model meet this one, 0 if there are none.
+    - Both are null if an older version started the model.
   returned: success
   type: dict
   sample: {blue: {model: Qwen/Qwen3-8B, condition: serving}}
@@ -278,7 +291,7 @@ def act(paths: _vllm_host.Paths, params: dict[str, Any], *, check_mode: bool) ->
     if params["state"] == "status":
         return {"changed": False, **status(paths, host)}
     if params["state"] == "prepared":
-        return prepare(paths, params["servers"], check_mode=check_mode)
+        return prepare(paths, params, check_mode=check_mode)
     if check_mode:
         state = _vllm_host.read_state(paths)
         pending = is_pending(host, state, params)
@@ -299,18 +312,23 @@ def act(paths: _vllm_host.Paths, params: dict[str, Any], *, check_mode: bool) ->
                 swap.rollback()
             else:
                 swap.prune()
+            host.remove_unused_caches(state)
         finally:
             progress.end()
         done = {"held": swap.held, "held_seconds": round(swap.held_seconds, 2), "failed_requests": progress.failed, "phases": progress.phases}
         return {"changed": swap.changed, "pending": False, **described(state, host), **(done if swap.changed else {})}
 
 
-def prepare(paths: _vllm_host.Paths, servers: str, *, check_mode: bool) -> dict[str, Any]:
+def prepare(paths: _vllm_host.Paths, params: dict[str, Any], *, check_mode: bool) -> dict[str, Any]:
     """Write the gateway's servers such that what served before does so still. Raises SwapError."""
     gateway = _vllm_host.Gateway(paths)
+    servers, configuration = params["servers"], params["configuration"]
     if check_mode:
         return {"changed": gateway.keep(gateway.kept(), servers, dry=True)}
     with _vllm_host.locked(paths, "prepared"):
+        present = paths.gateway.read_text() if paths.gateway.exists() else ""
+        if configuration and (configuration != present or gateway.keep(gateway.kept(), servers, dry=True)):
+            _vllm_host.check_gateway(configuration, servers, paths, params["gateway_image"])
         return {"changed": gateway.keep(gateway.kept(), servers)}
 
 
@@ -323,6 +341,8 @@ def main() -> None:
             "model": {"type": "str", "default": ""},
             "definition": {"type": "dict"},
             "servers": {"type": "str", "default": ""},
+            "configuration": {"type": "str", "default": ""},
+            "gateway_image": {"type": "str", "default": ""},
             "served_name": {"type": "str", "default": "agent-model"},
             "strategy": {"type": "str", "choices": ["start", *_vllm_swap.STRATEGIES], "default": "side_by_side"},
             "gpu_memory_utilization": {"type": "float", "default": 0},

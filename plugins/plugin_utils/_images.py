@@ -1,5 +1,6 @@
 # Copyright: the selfhosted.agent_stack maintainers
-# Apache-2.0 (see LICENSE or https://www.apache.org/licenses/LICENSE-2.0)
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
 """Which container image stands for a name. PRIVATE to the collection: it may change at any time."""
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True)
 class Settings:
-    """Where images come from: the `agent_stack_*` values of the inventory and the catalogue of the role."""
+    """Where images come from: the `agent_stack_*` values of the inventory, and what the components declare."""
 
     catalogue: Mapping[str, Mapping[str, Any]]
     base_images: Mapping[str, str]
@@ -94,6 +95,11 @@ def context(name: str, settings: Settings) -> Path:
     return settings.collection_root / str(_entry(name, settings)["context"])
 
 
+def wheels(name: str, settings: Settings) -> bool:
+    """Return whether the wheels that the inventory names go into a build. Raises ImageError."""
+    return bool(_entry(name, settings).get("wheels", False))
+
+
 def _entry(name: str, settings: Settings) -> Mapping[str, Any]:
     try:
         return settings.catalogue[name]
@@ -108,7 +114,7 @@ def _archive_checksum(name: str, settings: Settings) -> str:
     except OSError as error:
         raise ImageError(f"agent_stack_image_archive_dir: cannot read {sums}: {error.strerror}") from error
     for line in lines:
-        checksum, _, file_name = line.partition("  ")
+        checksum, _spaces, file_name = line.partition("  ")
         if file_name == f"{name}.tar":
             return checksum
     raise ImageError(f"agent_stack_image_archive_dir: {sums} names no {name}.tar.")

@@ -11,7 +11,8 @@ It has no model: the last user message is its script.
 
 The last part of the model's path tells how the server itself behaves: `...-slow-SECONDS` is long in starting, `...-dying` ends while it starts,
 `...-dull` answers everything with garbage, `...-blunt` calls no tools. With VLLM_SERVER_DEV_MODE=1 it sleeps and wakes up as vLLM does, and
-takes `...-nap-SECONDS` to fall asleep; asked while it sleeps it fails. `system_fingerprint` in an answer is the name of the model.
+takes `...-nap-SECONDS` to fall asleep; asked while it sleeps it fails. Without a name for its user it does not start.
+`system_fingerprint` in an answer is the name of the model.
 
 With `--nnodes` it is one of several that share a model, as vLLM is: the head starts once all have come to its port, and answers nothing any more when one
 of them is gone; the others, which are `--headless`, do not notice when the head is.
@@ -28,6 +29,7 @@ import contextlib
 import itertools
 import json
 import os
+import pwd
 import re
 import signal
 import socket
@@ -473,14 +475,31 @@ def parse_arguments(argv):
     return parser.parse_known_args(argv[1:] if argv[:1] == ["serve"] else argv)[0]
 
 
+def user_name():
+    """Ask for the user's name as torch before 2.13 does: from the environment, or else the system, which has none for the uid. Raises KeyError."""
+    named = (os.environ.get(name) for name in ("LOGNAME", "USER", "LNAME", "USERNAME"))
+    return next(filter(None, named), None) or pwd.getpwuid(os.getuid()).pw_name
+
+
+def die():
+    """End as vLLM does: the engine says why, and the API server, at length and last, only that the engine ended."""
+    prefix = "(EngineCore_DP0 pid=215) ERROR 11-27 12:00:01 [core.py:866]"
+    for line in ("EngineCore failed to start.", "Traceback (most recent call last):", "RuntimeError: CUDA out of memory, says the script"):
+        print(prefix, line, file=sys.stderr)
+    frames = ['(APIServer pid=1)   File "/usr/lib/vllm/entrypoints/cli/main.py", line 1, in main'] * 60
+    last = "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}"
+    sys.exit("\n".join(["(APIServer pid=1) Traceback (most recent call last):", *frames, f"(APIServer pid=1) {last}"]))
+
+
 def main():
     arguments = parse_arguments(sys.argv[1:])
     length = int(arguments.max_model_len) if arguments.max_model_len.isdecimal() else 8192
     names = arguments.served_model_name or [arguments.model]
     model = os.path.basename(arguments.model)
+    user_name()
     time.sleep(seconds_in(model, "slow"))
     if model.endswith("-dying"):
-        sys.exit("RuntimeError: CUDA out of memory, says the script")
+        die()
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     if arguments.headless:
         follow(arguments.master_addr, arguments.master_port, arguments.node_rank)

@@ -55,16 +55,20 @@ def test_documentation_of_the_installed_collection_renders(installed: Path) -> N
         assert name in text
 
 
-def render_vllm(tmp_path: Path, template: str, **variables: object) -> str:
-    """Render a template of the vllm role on the controller."""
+SERVER = "__vllm_service.definition | to_json"
+COMPOSE = f"lookup('ansible.builtin.template', '{ROOT}/roles/vllm/templates/compose.yml.j2')"
+
+
+def render_vllm(tmp_path: Path, expression: str, **variables: object) -> str:
+    """Evaluate an expression of the vllm role on the controller."""
     playbook = tmp_path / "render.yml"
-    target = tmp_path / "compose.yml"
+    target = tmp_path / "rendered.yml"
     role = ROOT / "roles" / "vllm"
-    tasks: list[dict[str, Any]] = [{"ansible.builtin.template": {"src": str(role / "templates" / template), "dest": str(target), "mode": "0600"}}]
+    tasks: list[dict[str, Any]] = [{"ansible.builtin.copy": {"content": f"{{{{ {expression} }}}}", "dest": str(target), "mode": "0600"}}]
     files = [ROOT / "roles" / name / kind / "main.yml" for name in ("agent_stack", "vllm") for kind in ("defaults", "vars")]
     play = {"hosts": "localhost", "connection": "local", "gather_facts": False, "vars_files": [str(file) for file in files], "tasks": tasks}
     playbook.write_text(yaml.safe_dump([play]))
-    given = {"agent_stack_component_revision": "0", "role_path": str(role), "ansible_python_interpreter": sys.executable, **variables}
+    given = {"__vllm_plan": {}, "agent_stack_component_revision": "0", "role_path": str(role), "ansible_python_interpreter": sys.executable, **variables}
     environment = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")}
     command = [str(TOOLS / "ansible-playbook"), "-i", "localhost,", str(playbook), "-e", json.dumps(given)]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -92,7 +96,7 @@ def server_of(text: str, on_host: Callable[..., str]) -> dict[str, Any]:
 
 def test_cuda_reserves_the_gpus(tmp_path: Path, on_host: Callable[..., str]) -> None:
     values = {"vllm_device": "cuda", "vllm_model": "Qwen/Qwen2.5-7B-Instruct", "vllm_tensor_parallel_size": 2, "agent_stack_image_source": "registry"}
-    server = server_of(render_vllm(tmp_path, "server.yml.j2", **values), on_host)
+    server = server_of(render_vllm(tmp_path, SERVER, **values), on_host)
     assert server["deploy"]["resources"]["reservations"]["devices"] == [{"driver": "cdi", "device_ids": ["nvidia.com/gpu=all"], "capabilities": ["gpu"]}]
     assert server["image"].startswith("docker.io/vllm/vllm-openai:v")
     command = server["command"]
@@ -102,10 +106,10 @@ def test_cuda_reserves_the_gpus(tmp_path: Path, on_host: Callable[..., str]) -> 
     # On a GPU two models share it by taking turns asleep, unless that is switched off.
     assert "--enable-sleep-mode" in command
     assert server["environment"]["VLLM_SERVER_DEV_MODE"] == "1"
-    awake = server_of(render_vllm(tmp_path, "server.yml.j2", **values, vllm_sleep_mode=False), on_host)
+    awake = server_of(render_vllm(tmp_path, SERVER, **values, vllm_sleep_mode=False), on_host)
     assert "--enable-sleep-mode" not in awake["command"]
     assert "VLLM_SERVER_DEV_MODE" not in awake["environment"]
-    text = render_vllm(tmp_path, "compose.yml.j2", **values)
+    text = render_vllm(tmp_path, COMPOSE, **values)
     config = json.loads(on_host("docker", "compose", "--file", "-", "--profile", "prepare", "config", "--format", "json", stdin=text))
     assert config["services"]["fetch"]["entrypoint"][-2:] == ["--hub", "Qwen/Qwen2.5-7B-Instruct"]
 
@@ -113,16 +117,16 @@ def test_cuda_reserves_the_gpus(tmp_path: Path, on_host: Callable[..., str]) -> 
 def test_a_plan_makes_one_client_faster_where_that_is_wanted(tmp_path: Path, on_host: Callable[..., str]) -> None:
     values = {"vllm_device": "cuda", "vllm_model": "Qwen/Qwen2.5-7B-Instruct", "agent_stack_image_source": "registry"}
     plan = {"model_arguments": [], "faster": {"arguments": ["--linear-backend", "humming"], "environment": {"HUMMING_CACHE_DIR": "/cache/humming"}}}
-    asked = server_of(render_vllm(tmp_path, "server.yml.j2", **values, __vllm_plan=plan, vllm_optimize_for="latency"), on_host)
+    asked = server_of(render_vllm(tmp_path, SERVER, **values, __vllm_plan=plan, vllm_optimize_for="latency"), on_host)
     assert asked["environment"]["HUMMING_CACHE_DIR"] == "/cache/humming"
     assert asked["command"][-6:-4] == ["--linear-backend", "humming"]
-    as_it_comes = server_of(render_vllm(tmp_path, "server.yml.j2", **values, __vllm_plan=plan), on_host)
+    as_it_comes = server_of(render_vllm(tmp_path, SERVER, **values, __vllm_plan=plan), on_host)
     assert "HUMMING_CACHE_DIR" not in as_it_comes["environment"]
     assert "--linear-backend" not in as_it_comes["command"]
 
 
 def test_cpu_reserves_none(tmp_path: Path, on_host: Callable[..., str]) -> None:
-    server = server_of(render_vllm(tmp_path, "server.yml.j2", vllm_device="cpu", vllm_model="/srv/model", agent_stack_image_source="build"), on_host)
+    server = server_of(render_vllm(tmp_path, SERVER, vllm_device="cpu", vllm_model="/srv/model", agent_stack_image_source="build"), on_host)
     assert "deploy" not in server
     assert "--enable-sleep-mode" not in server["command"]
 

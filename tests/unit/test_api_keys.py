@@ -17,6 +17,7 @@ import yaml
 from ansible_collections.selfhosted.agent_stack.plugins.action.api_key_file import create_arguments, new_key, plan
 
 ROOT = Path(__file__).resolve().parents[2]
+AGENT = ROOT / "files" / "agent" / "src" / "agent"
 DOCKER = f"""#!{sys.executable}
 import hashlib, json, pathlib, sys
 store = pathlib.Path(__file__).with_name("keys.json")
@@ -183,3 +184,11 @@ def test_create_arguments() -> None:
         "--tokens-per-minute",
         "default",
     ]
+
+
+def test_a_keys_name_is_one_thing_everywhere() -> None:
+    """The role refuses what neither the agent's program nor its database would take, and nothing else."""
+    variables = yaml.safe_load((ROOT / "roles" / "agent_stack" / "vars" / "main.yml").read_text())
+    (program,) = re.findall(r'^KEY_NAME = re.compile\(r"(.*)"\)$', (AGENT / "access" / "auth.py").read_text(), re.M)
+    (database,) = re.findall(r"name text NOT NULL CHECK \(name ~ '\^(.*)\$'\)", (AGENT / "migrations" / "0002_api_keys.sql").read_text())
+    assert variables["__agent_stack_key_pattern"] == program == database

@@ -111,6 +111,18 @@ def test_sections(file: str, text: str, words: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("file", "text", "faults"),
+    [
+        ("README.md", f"[redis]({REPOSITORY}/blob/main/roles/redis/README.md)\n", []),
+        ("README.md", "`roles/redis/README.md`\n", ["1: there is no link to roles/redis/README.md"]),
+        ("docs/a.md", "Nothing.\n", []),
+    ],
+)
+def test_every_role_is_linked(file: str, text: str, faults: list[str]) -> None:
+    assert messages(docs.check_roles(file, text, TREE)) == faults
+
+
+@pytest.mark.parametrize(
     ("span", "fault"),
     [
         ("site.yml", ""),

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.play
+
 ROOT = Path(__file__).resolve().parents[2]
 ME = str(os.geteuid())
 

@@ -22,8 +22,10 @@ from typing import Any
 
 import jinja2
 import pytest
+import yaml
 from ansible_collections.selfhosted.agent_stack.plugins.module_utils import _vllm_host
 from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_swap import SwapError
+from ansible_collections.selfhosted.agent_stack.plugins.modules import vllm_swap
 from programs import load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,19 +41,19 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-ALONE = {"__vllm_serves": True, "__vllm_is_peer": False, "__vllm_peers": [], "__vllm_shared": False}
+ALONE = {"serves": True, "is_peer": False, "peers": [], "shared": False}
 
 
-def render(name: str, **values: Any) -> str:
+def render(name: str, topology: dict[str, Any] | None = None, **values: Any) -> str:
     environment = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)  # noqa: S701  no HTML
     environment.filters["comment"] = lambda text: f"# {text}"
-    return environment.from_string((TEMPLATES / name).read_text()).render(ansible_managed="managed", **(ALONE | values))
+    return environment.from_string((TEMPLATES / name).read_text()).render(ansible_managed="managed", __vllm_topology=ALONE | (topology or {}), **values)
 
 
 class Stack:
     """HAProxy with the role's configuration, on loopback, and two slots of which any may run or not."""
 
-    def __init__(self, directory: Path, **topology: Any) -> None:
+    def __init__(self, directory: Path, topology: dict[str, Any] | None = None, **values: Any) -> None:
         self.paths = _vllm_host.Paths(directory, directory / "data")
         self.ports = {slot: free_port() for slot in ("blue", "green")}
         self.port, metrics, own = free_port(), free_port(), free_port()
@@ -59,12 +61,12 @@ class Stack:
         for path in (self.paths.servers, self.paths.socket):
             path.parent.mkdir(parents=True)
         self.front_port, self.metrics_port = free_port(), metrics
-        config = render("haproxy.cfg.j2", vllm_served_name="agent-model", vllm_hold_seconds=20, **topology)
+        config = render("haproxy.cfg.j2", topology, vllm_served_name="agent-model", vllm_hold_seconds=20, **values)
         config = config.replace("bind :8443", f"bind 127.0.0.1:{self.front_port}").replace("/etc/agent-stack/peers", str(directory / "peers"))
         config = config.replace("gateway.inference.internal:8000", f"127.0.0.1:{self.port}").replace("/run/agent-stack/haproxy.sock", str(self.paths.socket))
         config = config.replace("bind :8001", f"bind 127.0.0.1:{metrics}").replace("bind :8405", f"bind 127.0.0.1:{own}")
         (directory / "haproxy.cfg").write_text(config)
-        servers = render("servers.cfg.j2", **topology).replace("/etc/agent-stack/peers", str(directory / "peers"))
+        servers = render("servers.cfg.j2", topology, **values).replace("/etc/agent-stack/peers", str(directory / "peers"))
         # Names are Docker's affair; here the slots are ports.
         servers = re.sub(
             r"(blue|green)\.model\.internal:8000 resolvers docker resolve-prefer ipv4 init-addr \S+", lambda match: f"127.0.0.1:{self.ports[match[1]]}", servers
@@ -130,7 +132,7 @@ def stack() -> Iterator[Stack]:
 
 
 def test_a_model_that_several_hosts_share_is_reached_through_its_socket(monkeypatch: pytest.MonkeyPatch) -> None:
-    with directory_for_haproxy() as directory, contextlib.closing(Stack(directory, __vllm_shared=True)) as stack:
+    with directory_for_haproxy() as directory, contextlib.closing(Stack(directory, {"shared": True})) as stack:
         stack.start()
         host = _vllm_host.DockerHost(stack.paths, "agent-model", {"timeout": 10, "tool_call": True, "golden_prompts": []})
         monkeypatch.setattr(host, "inspect", lambda slot: {"HostConfig": {"NetworkMode": "host"}})
@@ -304,3 +306,78 @@ def test_the_watchdogs_look_is_waited_for(tmp_path: Path) -> None:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(SwapError, match="the watchdog"), _vllm_host.locked(paths, "present a/model", patience=0.3):
             pass
+
+
+# Stands for Docker: runs HAProxy itself on what the container would see.
+DOCKER = """#!/bin/sh
+for argument; do
+  case "$argument" in
+    *:/check:ro) check=${argument%%:*} ;;
+    *:/etc/agent-stack:ro) config=${argument%%:*} ;;
+  esac
+done
+sed -i "s,/etc/agent-stack,$config,; s,gateway.inference.internal,127.0.0.1," "$check"/*.cfg
+exec haproxy -c -f "$check/haproxy.cfg" -f "$check/servers.cfg"
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("", "", ""),
+        ("option httplog", "option httplogg", "parsing .*haproxy.cfg:[0-9]+.*unknown option 'httplogg'"),
+        ("default_backend model\n", "default_backend another\n", "unable to find required default_backend: 'another'"),
+    ],
+)
+def test_haproxy_checks_a_new_configuration_before_it_is_written(old: str, new: str, said: str) -> None:
+    with directory_for_haproxy() as directory:
+        paths = _vllm_host.Paths(directory, directory / "data")
+        docker = directory / "docker"
+        docker.write_text(DOCKER)
+        docker.chmod(0o755)
+        config = render("haproxy.cfg.j2", vllm_served_name="agent-model", vllm_hold_seconds=20)
+        assert old in config
+        config = config.replace(old, new) if old else config
+        if not said:
+            _vllm_host.check_gateway(config, render("servers.cfg.j2"), paths, "image", str(docker))
+            return
+        with pytest.raises(SwapError, match="is not valid, and nothing was changed") as caught:
+            _vllm_host.check_gateway(config, render("servers.cfg.j2"), paths, "image", str(docker))
+        assert re.search(said, str(caught.value)), str(caught.value)
+
+
+def test_a_configuration_that_is_refused_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = _vllm_host.Paths(tmp_path, tmp_path / "data")
+    for file in (paths.servers, paths.gateway):
+        file.parent.mkdir(parents=True)
+    checked: list[str] = []
+
+    def check(configuration: str, *_: object) -> None:
+        checked.append(configuration)
+        if "bad" in configuration:
+            raise SwapError("not valid")
+
+    monkeypatch.setattr(_vllm_host, "check_gateway", check)
+
+    def prepare(configuration: str, servers: str, *, check_mode: bool = False) -> bool:
+        params = {"configuration": configuration, "servers": servers, "gateway_image": "image"}
+        return bool(vllm_swap.prepare(paths, params, check_mode=check_mode)["changed"])
+
+    assert prepare("bad", "servers", check_mode=True)
+    assert checked == []
+    with pytest.raises(SwapError):
+        prepare("bad", "servers")
+    assert not paths.servers.exists()
+    assert prepare("good", "servers")
+    paths.gateway.write_text("good")
+    # What is as it was is not checked again.
+    assert not prepare("good", "servers")
+    assert checked == ["bad", "good"]
+    with pytest.raises(SwapError):
+        prepare("bad", "others")
+    assert paths.servers.read_text() == "servers"
+
+
+def test_the_gateways_image_is_there_before_its_configuration_is_checked() -> None:
+    names = [task["name"] for task in yaml.safe_load((TEMPLATES.parent / "tasks" / "main.yml").read_text())]
+    assert names.index("Make the images available") < names.index("Configure the gateway")

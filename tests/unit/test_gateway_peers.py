@@ -37,12 +37,12 @@ class Hosts:
         for name in NAMES:
             certificates[name] = certificate_in(directory / name)
             (directory / name / "peers" / "front.crt").write_text(of_front)
-            self.peers[name] = Stack(directory / name, __vllm_is_peer=True, __vllm_front="front")
+            self.peers[name] = Stack(directory / name, {"is_peer": True, "front": "front"})
         for name, text in certificates.items():
             (directory / "front" / "peers" / f"{name}.crt").write_text(text)
         self.directory = directory
         addresses = {name: {"vllm_peer_address": "127.0.0.1"} for name in NAMES}
-        self.front = Stack(directory / "front", __vllm_serves=front_serves, __vllm_peers=list(NAMES), hostvars=addresses, vllm_peer_port="PORT")
+        self.front = Stack(directory / "front", {"serves": front_serves, "peers": list(NAMES)}, hostvars=addresses, vllm_peer_port="PORT")
         # All peers have the same port on addresses of their own; here it is the other way round.
         for file in (directory / "front" / "haproxy.cfg", self.front.paths.servers):
             text = file.read_text()

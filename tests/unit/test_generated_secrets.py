@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+pytestmark = pytest.mark.play
+
 ROOT = Path(__file__).resolve().parents[2]
 PLAYBOOK = """
 - hosts: localhost

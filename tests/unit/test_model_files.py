@@ -65,7 +65,7 @@ def test_float32_is_served_in_16_bits_unless_it_belongs_to_a_quantisation(tmp_pa
 
 
 def test_a_directory_without_safetensors_has_only_its_config(tmp_path: Path) -> None:
-    assert read_directory(model(tmp_path, model__gguf=b"GGUF"), "m").weight_bytes is None
+    assert read_directory(model(tmp_path, pytorch_model__bin=b"GGUF"), "m").weight_bytes is None
 
 
 @pytest.mark.parametrize(
@@ -258,3 +258,48 @@ def test_an_interrupted_fetch_is_completed_from_the_hub(tmp_path: Path, hub: Any
     assert find_model("owner/name", "", [tmp_path], Hub(hub.url, "", 2)).weight_bytes == 1300
     with pytest.raises(ModelError, match="names 1 files that are not there"):
         find_model("owner/name", "", [tmp_path], None)
+
+
+def test_layers_of_a_text_part_and_heads_that_guess_ahead_are_left_out(tmp_path: Path) -> None:
+    tensors = {"model.language_model.layers.1.w": ("BF16", 100), "model.language_model.layers.2.w": ("BF16", 7), "mtp.fc.w": ("BF16", 9)}
+    directory = model(tmp_path / "m", {"num_hidden_layers": None, "text_config": {"num_hidden_layers": 2}})
+    (directory / "model.safetensors").write_bytes(safetensors(tensors | {"vision_tower.layers.30.w": ("BF16", 5)}))
+    (directory / "adapter_model.safetensors").write_bytes(safetensors({"lora": ("BF16", 1000)}))
+    assert read_directory(directory, "m").weight_bytes == 105
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"config.json": b"{}", "model-00001-of-00003.safetensors": safetensors({"w": ("BF16", 2)})}, "m lacks 2 of the 3 safetensors files"),
+        (
+            {"config.json": b"{}", "m-Q4_K_M.gguf": b""},
+            "m holds its weights as GGUF alone, for llama.cpp; vLLM serves the repository that they were made from.",
+        ),
+        ({"m-Q4_K_M.gguf": b""}, "m holds its weights as GGUF alone"),
+        ({"adapter_config.json": b'{"base_model_name_or_path": "Qwen/Qwen3-8B"}'}, "m is an adapter (LoRA) for Qwen/Qwen3-8B and no model: serve the model"),
+    ],
+)
+def test_directories_that_hold_no_model(tmp_path: Path, files: dict[str, bytes], said: str) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ModelError) as error:
+        read_directory(tmp_path, "m")
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, None),
+        ({"tokenizer_config.json": b"{}"}, False),
+        ({"tokenizer_config.json": b'{"chat_template": "x"}'}, True),
+        ({"tokenizer_config.json": b"{}", "chat_template.jinja": b""}, True),
+        ({"tekken.json": b"{}"}, True),
+    ],
+)
+def test_whether_there_is_a_chat_template(tmp_path: Path, files: dict[str, bytes], expected: bool | None) -> None:
+    directory = model(tmp_path / "m")
+    for name, content in files.items():
+        (directory / name).write_bytes(content)
+    assert read_directory(directory, "m").chat_template is expected

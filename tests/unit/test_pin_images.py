@@ -13,9 +13,15 @@ DIGEST = "sha256:" + "ab" * 32
 
 @pytest.fixture
 def catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    path = tmp_path / "main.yml"
-    path.write_text("__agent_stack_images: {redis: {reference: r/redis:8}, agent: {context: x}}\n__agent_stack_base_images: {trixie: r/debian:13}\n")
-    monkeypatch.setattr(pin_images, "CATALOGUE", path)
+    path = tmp_path / "roles"
+    for role, text in {
+        "redis": "images: {redis: {reference: r/redis:8}}",
+        "agent": "images: {agent: {context: x}}",
+        "base": "base_images: {trixie: r/debian:13}",
+    }.items():
+        (path / role / "meta").mkdir(parents=True)
+        (path / role / "meta" / "component.yml").write_text(f"{text}\n")
+    monkeypatch.setattr(pin_images, "ROLES", path)
     monkeypatch.setattr(pin_images, "DIGESTS", tmp_path / "digests.json")
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     (tmp_path / "bin").mkdir()
@@ -45,6 +51,6 @@ def test_nothing_is_written_when_one_registry_gives_none(catalogue: Path, script
 
 
 def test_the_collections_own_catalogue_is_read() -> None:
-    references = pin_images.references(pin_images.ROLE / "vars" / "main.yml")
+    references = pin_images.references(pin_images.ROLES)
     assert len(references) > 10
     assert all(":" in reference.rpartition("/")[2] and not reference.endswith(":latest") for reference in references)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ansible_collections.selfhosted.agent_stack.plugins.plugin_utils import _components
 
 ROLES = sorted((Path(__file__).resolve().parents[2] / "roles").iterdir())
 CASTS: dict[str, Any] = {"str": str, "path": str, "int": int, "float": (int, float), "bool": bool, "list": list, "dict": dict}
@@ -55,7 +56,8 @@ def test_check_takes_what_main_takes(role: Path) -> None:
 
 
 def test_every_role_is_checked_before_the_first_change() -> None:
-    checked = read(ROLES[0].parent / "agent_stack" / "vars" / "main.yml")["__agent_stack_roles"]
+    checked = _components.checked(_components.load(ROLES[0].parent).values(), ROLES[0].parent)
+    checked.remove("agent_stack")
     assert sorted([*checked, "agent_stack"]) == [role.name for role in ROLES]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import yaml
 
 SITE = Path(__file__).resolve().parents[2] / "playbooks" / "site.yml"
@@ -25,9 +26,21 @@ def test_every_play_ends_by_asking_the_model_server_for_its_gpu() -> None:
 
 def test_followers_come_first_and_are_removed_last() -> None:
     """A model that hosts share starts only once all of them wait for it; what a swap may still go back to is known when it has ended."""
-    first, *_, last = yaml.safe_load(SITE.read_text())
+    _version, first, *_, last = yaml.safe_load(SITE.read_text())
     for play, tasks in ((first, "follow"), (last, "unfollow")):
         (task,) = play["tasks"]
         assert task["ansible.builtin.import_role"] == {"name": "selfhosted.agent_stack.vllm", "tasks_from": tasks}
         assert task["tags"] == ["vllm"]
-        assert "groups['followers']" in play["hosts"]
+        assert play["hosts"] == "{{ lookup('selfhosted.agent_stack.topology').followers }}"
+
+
+@pytest.mark.parametrize("path", sorted(set(SITE.parent.glob("*.yml")) - {SITE.parent / "ansible_version.yml"}), ids=lambda path: path.stem)
+def test_every_playbook_first_asks_for_the_version_of_ansible(path: Path) -> None:
+    first = yaml.safe_load(path.read_text())[0]
+    assert first["ansible.builtin.import_playbook"] == "ansible_version.yml"
+
+
+def test_the_version_asked_for_is_that_of_the_collection() -> None:
+    (task,) = yaml.safe_load((SITE.parents[1] / "roles/agent_stack/tasks/ansible_version.yml").read_text())
+    required = yaml.safe_load((SITE.parents[1] / "meta" / "runtime.yml").read_text())["requires_ansible"]
+    assert required == f">={task['vars']['__agent_stack_ansible_core']}.0"

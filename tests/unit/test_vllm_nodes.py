@@ -35,7 +35,7 @@ INVENTORY = {
         },
     }
 }
-TEMPLATES = {"server.yml.j2": "server", "servers.cfg.j2": "servers", "compose.yml.j2": "compose", "follower.yml.j2": "follower"}
+TEMPLATES = {"servers.cfg.j2": "servers", "compose.yml.j2": "compose", "follower.yml.j2": "follower"}
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +48,8 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     # What a plan may say where both models fit at once.
     planned = {"swap": {"strategy": "side_by_side"}}
-    strategy = {"content": "{{ __vllm_strategy }}", "dest": f"{directory}/{{{{ inventory_hostname }}}}-strategy", "mode": "0600"}
-    tasks.append({"ansible.builtin.copy": strategy, "vars": {"__vllm_plan": planned}})
+    for name, content in (("strategy", "{{ __vllm_service.strategy }}"), ("server", "{{ __vllm_service.definition | to_json }}")):
+        tasks.append({"ansible.builtin.copy": {"content": content, "dest": f"{directory}/{{{{ inventory_hostname }}}}-{name}", "mode": "0600"}})
     files = [str(ROOT / "roles" / name / "vars" / "main.yml") for name in ("agent_stack", "vllm")]
     # As a role's defaults are, below the inventory.
     defaults: dict[str, Any] = {}
@@ -57,7 +57,9 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
         defaults |= yaml.safe_load((ROOT / "roles" / name / "defaults" / "main.yml").read_text())
     (directory / "group_vars").mkdir()
     (directory / "group_vars" / "all.yml").write_text(yaml.safe_dump({name: value for name, value in defaults.items() if name not in VARIABLES}))
-    (directory / "play.yml").write_text(yaml.safe_dump([{"hosts": "all", "gather_facts": False, "vars_files": files, "tasks": tasks}]))
+    (directory / "play.yml").write_text(
+        yaml.safe_dump([{"hosts": "all", "gather_facts": False, "vars_files": files, "vars": {"__vllm_plan": planned}, "tasks": tasks}])
+    )
     command = [str(Path(sys.executable).parent / "ansible-playbook"), "-i", "hosts.yml", "play.yml"]
     result = subprocess.run(
         command, cwd=directory, env={**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")}, capture_output=True, text=True, check=False

@@ -7,19 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible_collections.selfhosted.agent_stack.plugins.module_utils import _vllm_change as change_of
 from ansible_collections.selfhosted.agent_stack.plugins.module_utils import _vllm_plan as plan_of
-from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_plan import (
-    GIB,
-    Batch,
-    Gpu,
-    Layers,
-    PlanError,
-    Running,
-    Serving,
-    Shape,
-    Timings,
-    Wish,
-)
+from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_cache import BLOCK, Engine, Pool, kv_capacity, kv_pool, longest_context
+from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_change import Running, Serving, Timings
+from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_config import Config, max_context
+from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_plan import GIB, Batch, Gpu, PlanError, Shape, Wish
+from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_specs import CHUNKED, FULL, SLIDING, STATE, Cache, cache_layers
+from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_weights import read_quantization
 
 MODELS = Path(__file__).parent / "data" / "models"
 H100 = Gpu("NVIDIA H100 80GB HBM3", 81559 - 480, 81559 - 480, 9.0)
@@ -37,6 +32,10 @@ def config(name: str) -> dict[str, Any]:
 
 def shape(name: str) -> Shape:
     return plan_of.read_shape(config(name))
+
+
+def pool(name: str, tensor_parallel: int, element: int, batch: Batch) -> Pool:
+    return kv_pool(shape(name).caches(Cache(tensor_parallel, element)), Engine(in_flight=2 * batch.tokens))
 
 
 def make(name: str, *gpus: Gpu, disk_bytes: int | None = None, **wish: Any) -> plan_of.Plan:
@@ -131,28 +130,38 @@ def test_kv_bytes_per_token(name: str, tensor_parallel: int, element: int, expec
     assert shape(name).kv_bytes_per_token(tensor_parallel, element) == expected
 
 
+def kinds(shape: Shape) -> list[tuple[Any, ...]]:
+    return [(layer.kind, layer.count, layer.window) for layer in shape.caches(Cache())]
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("llama-3.1-8b", (Layers(32),)),
-        ("mistral-7b-v0.1", (Layers(32, 4096),)),
-        ("mistral-7b-v0.3", (Layers(32),)),
-        ("qwen2.5-7b", (Layers(28),)),  # use_sliding_window is false
-        ("gemma-2-9b", (Layers(21), Layers(21, 4096))),
-        ("gemma-3-1b", (Layers(4), Layers(22, 512))),
-        ("gemma-3-27b", (Layers(10), Layers(52, 1024))),
-        ("gpt-oss-20b", (Layers(12), Layers(12, 128))),
+        ("llama-3.1-8b", [(FULL, 32, 0)]),
+        ("mistral-7b-v0.1", [(SLIDING, 32, 4096)]),
+        ("mistral-7b-v0.3", [(FULL, 32, 0)]),
+        ("qwen2.5-7b", [(FULL, 28, 0)]),  # use_sliding_window is false
+        ("gemma-2-9b", [(SLIDING, 21, 4096), (FULL, 21, 0)]),
+        ("gemma-3-1b", [(SLIDING, 22, 512), (FULL, 4, 0)]),
+        ("gemma-3-27b", [(SLIDING, 52, 1024), (FULL, 10, 0)]),
+        ("gpt-oss-20b", [(SLIDING, 12, 128), (FULL, 12, 0)]),
     ],
 )
-def test_attention(name: str, expected: tuple[Layers, ...]) -> None:
-    assert shape(name).attention == expected
+def test_attention(name: str, expected: list[tuple[Any, ...]]) -> None:
+    assert kinds(shape(name)) == expected
+
+
+HEADS = {"hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256, "num_hidden_layers": 48}
+DELTA = {"linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4}
 
 
 def test_chunked_and_linear_attention() -> None:
-    llama4 = {"attention_chunk_size": 8192, "model_type": "llama4_text"}
-    assert plan_of.attention_layers(llama4, 48) == ((Layers(12), Layers(36, 8192, chunk=True)), 0)
-    next_one = {"layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"] * 12}
-    assert plan_of.attention_layers(next_one, 48) == ((Layers(12),), 36)
+    llama4 = Config(HEADS | {"attention_chunk_size": 8192, "model_type": "llama4_text"}, "Llama4ForCausalLM")
+    assert [(layer.kind, layer.count, layer.window) for layer in cache_layers(llama4, Cache())] == [(CHUNKED, 36, 8192), (FULL, 12, 0)]
+    words = ["linear_attention", "linear_attention", "linear_attention", "full_attention"] * 12
+    for described in ({"layer_types": words}, {"full_attention_interval": 4}, {}):
+        next_one = Config(HEADS | DELTA | described | {"model_type": "qwen3_next"}, "Qwen3NextForCausalLM")
+        assert [(layer.kind, layer.count) for layer in cache_layers(next_one, Cache())] == [(STATE, 36), (FULL, 12)]
 
 
 # `GPU KV cache size` as vLLM 0.26 logged it on one H100 80GB at a utilisation of 0.9, with random weights (bench/gpu_plan.sh). It did not yet set
@@ -192,25 +201,23 @@ def test_kv_tokens_are_those_that_vllm_logged(name: str, wish: dict[str, Any], l
     ],
 )
 def test_the_pool_is_vllms(name: str, context: int, available_gib: float, logged: int, contexts: float) -> None:
-    pool = plan_of.kv_pool(shape(name), 1, 2, Batch(8192, 1024))
-    tokens, found = plan_of.kv_capacity(pool, int(available_gib * GIB), context)
+    tokens, found = kv_capacity(pool(name, 1, 2, Batch(8192, 1024)), int(available_gib * GIB), context)
     assert tokens == pytest.approx(logged, rel=0.0005)
     assert found == pytest.approx(contexts, rel=0.0005)
 
 
 def test_a_latent_as_vllm_counts_it() -> None:
     """DeepSeek V2 Lite's attention without its experts, which the GPU test's build of vLLM cannot run: 2,259,024 tokens in 65.44 GiB."""
-    pool = plan_of.kv_pool(shape("deepseek-v2-lite"), 1, 2, Batch(8192, 1024))
-    assert plan_of.kv_capacity(pool, int(65.44 * GIB), 8192)[0] == pytest.approx(2_259_024, rel=0.001)
+    assert kv_capacity(pool("deepseek-v2-lite", 1, 2, Batch(8192, 1024)), int(65.44 * GIB), 8192)[0] == pytest.approx(2_259_024, rel=0.001)
 
 
 def test_the_longest_context_holds_and_one_block_more_does_not() -> None:
     for name in ("llama-3.1-8b", "gemma-2-9b", "mistral-7b-v0.1"):
-        pool = plan_of.kv_pool(shape(name), 1, 2, Batch(2048, 256))
-        memory = pool.bytes_per_block * (pool.blocks(4000) + 1)
-        longest = plan_of.longest_context(pool, memory, 1_000_000)
-        assert pool.blocks(longest) <= memory // pool.bytes_per_block - 1 < pool.blocks(longest + plan_of.BLOCK)
-    assert plan_of.longest_context(pool, 0, 1000) == 0
+        of_model = pool(name, 1, 2, Batch(2048, 256))
+        memory = of_model.bytes_per_block * (of_model.blocks(4000) + 1)
+        longest = longest_context(of_model, memory, 1_000_000)
+        assert of_model.blocks(longest) <= memory // of_model.bytes_per_block - 1 < of_model.blocks(longest + BLOCK)
+    assert longest_context(of_model, 0, 1000) == 0
 
 
 @pytest.mark.parametrize(
@@ -257,9 +264,10 @@ def test_hosts_share_a_models_layers(name: str, pipeline: int, layers: int) -> N
     whole = shape(name)
     stage, disk = plan_of.stage_of(whole, 1000 * GIB, pipeline)
     assert stage.layers == layers
-    assert sum(kind.count for kind in stage.attention) in range(layers, layers + len(stage.attention))
+    kept = stage.caches(Cache())
+    assert sum(layer.count for layer in kept) in range(layers, layers + len(kept))
     # One host has the embedding or the logits' matrix, and the largest share of the layers.
-    part = (whole.weight_bytes() - whole.embedding_parameters * 2) * layers / whole.layers + whole.vocabulary * whole.hidden * 2
+    part = (whole.weight_bytes() - whole.counted.embedding * 2) * layers / whole.layers + whole.vocabulary * whole.hidden * 2
     assert stage.weight_bytes() == pytest.approx(part, rel=0.001)
     assert disk == pytest.approx(1000 * GIB * stage.weight_bytes() / whole.weight_bytes(), rel=0.001)
     assert plan_of.stage_of(whole, None, pipeline)[1] is None
@@ -397,29 +405,38 @@ def test_configs_that_cannot_be_planned(change: dict[str, Any], said: str) -> No
     ],
 )
 def test_quantization(quantization: dict[str, Any], expected: tuple[str, int]) -> None:
-    assert plan_of.read_quantization(quantization) == expected
+    found = read_quantization(quantization)
+    assert (found.name, found.group) == expected
 
 
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
         ({"max_position_embeddings": 131072, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, 131072),
-        ({"max_position_embeddings": 32768, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}}, 131072),
+        # vLLM 0.33 no longer multiplies by YaRN's factor: a published length is the scaled one.
+        ({"max_position_embeddings": 32768, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}}, 32768),
         ({"max_position_embeddings": 163840, "rope_scaling": {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}}, 163840),
         ({"max_position_embeddings": 4096, "rope_scaling": {"type": "linear", "factor": 2.0}}, 8192),
         ({"max_position_embeddings": 131072, "rope_scaling": {"type": "linear", "factor": 8.0}, "model_type": "gemma3_text"}, 131072),
         ({"n_positions": 1024}, 1024),
+        ({"model_max_length": 1048576}, 1048576),
+        ({"max_target_positions": 448}, 448),
+        ({"seq_len": 4096}, 4096),
+        ({"max_position_embeddings": 8192, "max_seq_len": 2048}, 2048),
+        ({"max_position_embeddings": 8192, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, 16384),
+        ({"max_position_embeddings": 262144, "rope_parameters": {"full_attention": {"rope_type": "default"}, "sliding_attention": {}}}, 262144),
+        ({}, 2048),
     ],
 )
 def test_max_context(given: dict[str, Any], expected: int) -> None:
-    assert plan_of.max_context(given) == expected
+    assert max_context(Config(given, "LlamaForCausalLM")) == expected
 
 
 BLUE = Running("blue", used_mib=74_249, weights_mib=15 * 1024, sleep_mode=True)
 
 
-def swap(name: str, running: Running | None, gpu: Gpu = H100, host_free_mib: int = 100_000, **standby: bool) -> plan_of.Swap:
-    return plan_of.plan_swap(make(name, gpu, context=8192), Serving(running, **standby), host_free_mib=host_free_mib, timings=Timings())
+def swap(name: str, running: Running | None, gpu: Gpu = H100, host_free_mib: int = 100_000, **standby: bool) -> change_of.Swap:
+    return change_of.plan_swap(make(name, gpu, context=8192), Serving(running, **standby), host_free_mib=host_free_mib, timings=Timings())
 
 
 def busy(used_mib: int, gpu: Gpu = H100) -> Gpu:
@@ -439,14 +456,14 @@ def slot(model: str, condition: str = "running", utilization: float = 0.5) -> di
     ("found", "used_mib", "asleep", "loaded_before"),
     [
         ({"active": "green", "slots": {"green": slot("new")}}, 40_000, False, False),
-        ({"active": "green", "slots": {"green": slot("x"), "blue": slot("new", "asleep")}}, 40_000 + plan_of.ASLEEP_MIB, True, True),
+        ({"active": "green", "slots": {"green": slot("x"), "blue": slot("new", "asleep")}}, 40_000 + change_of.ASLEEP_MIB, True, True),
         ({"active": "blue", "slots": {"blue": slot("x"), "green": slot("new", utilization=0.25)}}, 60_000, False, True),
         ({"active": "blue", "slots": {"blue": slot("x"), "green": slot("new", "stopped")}}, 40_000, False, True),
-        ({"active": "blue", "slots": {"blue": slot("x"), "green": slot("third", "asleep")}}, 40_000 + plan_of.ASLEEP_MIB, False, False),
+        ({"active": "blue", "slots": {"blue": slot("x"), "green": slot("third", "asleep")}}, 40_000 + change_of.ASLEEP_MIB, False, False),
     ],
 )
 def test_what_serves_is_read_from_the_slots(found: dict[str, Any], used_mib: int, asleep: bool, loaded_before: bool) -> None:
-    serving = plan_of.read_serving(found, "new", 80_000)
+    serving = change_of.read_serving(found, "new", 80_000)
     assert serving.running is not None
     assert serving.running.name == found["slots"][found["active"]]["model"]
     assert (serving.running.used_mib, serving.asleep, serving.loaded_before) == (used_mib, asleep, loaded_before)
@@ -454,7 +471,7 @@ def test_what_serves_is_read_from_the_slots(found: dict[str, Any], used_mib: int
 
 @pytest.mark.parametrize("found", [{}, {"active": "", "slots": {}}, {"active": "", "slots": {"blue": slot("new")}}])
 def test_no_slot_that_serves_is_nothing_that_runs(found: dict[str, Any]) -> None:
-    assert plan_of.read_serving(found, "new", 80_000) == Serving()
+    assert change_of.read_serving(found, "new", 80_000) == Serving()
 
 
 @pytest.mark.parametrize("running", [None, Running("blue", 30_000, 15_360)])
@@ -470,14 +487,14 @@ def test_memory_of_other_programs_is_no_room(running: Running | None) -> None:
 def test_several_gpus_have_the_room_of_the_fullest() -> None:
     plan = make("llama-3.1-70b", H100, busy(30_000), context=4096, tensor_parallel=2)
     assert plan.fits
-    found = plan_of.plan_swap(plan, Serving(), host_free_mib=100_000, timings=Timings())
+    found = change_of.plan_swap(plan, Serving(), host_free_mib=100_000, timings=Timings())
     assert (found.strategy, found.reason) == ("none", "other programs hold 30,000 of 81,079 MiB, so a share of 0.9 is not free.")
 
 
 def test_a_share_beside_another_is_at_most_the_wish() -> None:
     """Much is free, and more than was asked for is still not taken: the rest of the GPU may be meant for something else."""
     plan = make("llama-3.2-1b", busy(20_000), context=8192, utilization=0.3)
-    found = plan_of.plan_swap(plan, Serving(Running("blue", 20_000, 15_000)), host_free_mib=100_000, timings=Timings())
+    found = change_of.plan_swap(plan, Serving(Running("blue", 20_000, 15_000)), host_free_mib=100_000, timings=Timings())
     assert (found.strategy, found.utilization) == ("side_by_side", pytest.approx(0.3, abs=0.001))
 
 
@@ -523,10 +540,3 @@ def test_hold_and_recreate_says_why(running: Running, used_mib: int, host_free_m
 def test_what_does_not_fit_leaves_what_runs_alone() -> None:
     found = swap("llama-3.1-70b", BLUE, busy(74_249))
     assert (found.strategy, found.hold_seconds) == ("none", 0)
-
-
-def test_unknown_parser() -> None:
-    plan_of.check_parser("tool call", "", ["hermes"])
-    plan_of.check_parser("tool call", "hermes", ["hermes"])
-    with pytest.raises(PlanError, match="the pinned vLLM has no tool call parser herm, for example hermes"):
-        plan_of.check_parser("tool call", "herm", ["hermes", "mistral"])

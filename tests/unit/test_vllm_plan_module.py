@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ansible_collections.selfhosted.agent_stack.plugins.module_utils import _vllm_arguments
 from ansible_collections.selfhosted.agent_stack.plugins.module_utils._model_files import ModelError
 from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_plan import PlanError
 from ansible_collections.selfhosted.agent_stack.plugins.modules import vllm_plan
@@ -28,8 +29,8 @@ def model(directory: Path, name: str, **change: Any) -> str:
     return str(directory)
 
 
-def plan(model: str, **params: Any) -> dict[str, Any]:
-    defaults = {
+def plan_parameters(model: str, **params: Any) -> dict[str, Any]:
+    return {
         "model": model,
         "revision": "",
         "directories": [],
@@ -41,6 +42,9 @@ def plan(model: str, **params: Any) -> dict[str, Any]:
         "tensor_parallel_size": 0,
         "pipeline_parallel_size": 1,
         "kv_cache_dtype": "auto",
+        "extra_arguments": [],
+        "unknown": "refuse",
+        "survey": False,
         "tool_call_parser": "auto",
         "reasoning_parser": "auto",
         "disk_path": "",
@@ -48,8 +52,11 @@ def plan(model: str, **params: Any) -> dict[str, Any]:
         "timeout": 5,
         "catalogue": yaml.safe_load((ROOT / "roles/vllm/vars/catalogue.yml").read_text())["__vllm_catalogue"],
         "registry": json.loads((ROOT / "roles/vllm/files/vllm-registry.json").read_text())["cuda"],
-    }
-    result: dict[str, Any] = vllm_plan.make_result(defaults | params)
+    } | params
+
+
+def plan(model: str, **params: Any) -> dict[str, Any]:
+    result: dict[str, Any] = vllm_plan.make_result(plan_parameters(model, **params))
     return result
 
 
@@ -125,6 +132,99 @@ def test_bad_input(tmp_path: Path, change: dict[str, Any], params: dict[str, Any
     assert said in str(error.value)
 
 
+def test_more_arguments_change_the_plan(tmp_path: Path) -> None:
+    path = model(tmp_path / "Llama-3.1-8B-Instruct", "llama-3.1-8b")
+    plain = plan(path, max_model_len=8192)
+    assert plan(path, max_model_len=8192, extra_arguments=["--enforce-eager"])["overhead_mib"] < plain["overhead_mib"]
+    for fp8 in ({"kv_cache_dtype": "fp8"}, {"extra_arguments": ["--kv_cache_dtype=fp8_e4m3"]}):
+        assert plan(path, max_model_len=8192, **fp8)["kv_bytes_per_token"] * 2 == plain["kv_bytes_per_token"]
+    assert plan(path, kv_cache_dtype="fp8")["model_arguments"][:2] == ["--kv-cache-dtype", "fp8"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--max-num-seqs", "8", "--max_num_seqs=16"], {"requests": 16}),
+        (["--max-num-batched-tokens", "8k"], {"tokens": 8000}),
+        (["--max-num-batched-tokens=2K"], {"tokens": 2048}),
+        (["--no-enable-prefix-caching"], {"prefix_caching": False}),
+        (["--no-enable-prefix-caching", "--enable-prefix-caching"], {"prefix_caching": True}),
+        (["--language-model-only"], {"text_only": True}),
+        (["--speculative-config", '{"method": "mtp", "num_speculative_tokens": 3}'], {"drafts": 3}),
+        (["--speculative-config.method", "mtp", "--speculative-config.num_speculative_tokens", "2"], {"drafts": 2}),
+        (["--block-size", "32", "--seed", "-1"], {"block": 32}),
+        (["--enforce-eager", "--kv-cache-dtype", "fp8"], {"eager": True, "kv_cache_dtype": "fp8"}),
+    ],
+)
+def test_arguments_are_read_as_vllm_reads_them(arguments: list[str], expected: dict[str, Any]) -> None:
+    assert _vllm_arguments.read_arguments(arguments) == _vllm_arguments.Arguments(**expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--max-num-seqs", "many"], "--max-num-seqs is 'many'; allowed is a whole number from 1 to 100,000,000."),
+        (["--max-num-seqs"], "--max-num-seqs is ''; allowed"),
+        (["--kv-cache-dtype", "nvfp4"], "--kv-cache-dtype is 'nvfp4', which this plan cannot size; it can auto,"),
+        (["--speculative-config", "{"], "--speculative-config is '{'; allowed is a JSON object."),
+        (["--speculative-config", "[]"], "allowed is a JSON object."),
+    ],
+)
+def test_arguments_that_cannot_be_read(arguments: list[str], said: str) -> None:
+    with pytest.raises(PlanError) as error:
+        _vllm_arguments.read_arguments(arguments)
+    assert said in str(error.value)
+
+
+def test_an_architecture_without_a_formula(tmp_path: Path) -> None:
+    path = model(tmp_path / "Zeta", "llama-3.1-8b", architectures=["Plamo3ForCausalLM"])
+    with pytest.raises(PlanError, match=r"no formula is known for the caches of Plamo3ForCausalLM, .* vllm_plan_unknown: serve serves it all the same"):
+        plan(path, max_model_len=8192)
+    served = plan(path, max_model_len=8192, unknown="serve")
+    assert (served["fits"], served["tool_call_parser"], served["family_by"]) == (True, "plamo3", "architecture")
+    assert any("counted as if every layer kept all tokens" in warning for warning in served["warnings_found"])
+    too_large = plan(path, max_model_len=8192, unknown="serve", gpus=[{"total_mib": 8192}])
+    assert (too_large["fits"], too_large["reason"]) == (True, "")
+    assert any(warning.startswith("By that count it does not fit: the weights take 15.0 GiB") for warning in too_large["warnings_found"])
+
+
+def test_in_check_mode_an_unknown_architecture_is_a_warning(tmp_path: Path) -> None:
+    path = model(tmp_path / "Zeta", "llama-3.1-8b", architectures=["Plamo3ForCausalLM"])
+    params = plan_parameters(path, max_model_len=8192)
+    assert any("No formula is known" in warning for warning in vllm_plan.make_result(params, check_mode=True)["warnings_found"])
+
+
+def test_models_are_told_apart(tmp_path: Path) -> None:
+    guard = plan(model(tmp_path / "Llama-Guard-3-8B", "llama-3.1-8b"))
+    assert (guard["kind"], guard["tool_call_parser"]) == ("guard", "")
+    with pytest.raises(
+        PlanError, match="Qwen2ForRewardModel is a reward model, which answers with a mark and not with text; the agent needs a model that chats"
+    ):
+        plan(model(tmp_path / "rm", "qwen2.5-7b", architectures=["Qwen2ForRewardModel"]))
+
+
+def test_a_survey_says_which_gpus_carry_a_model(tmp_path: Path) -> None:
+    result = plan(model(tmp_path / "Qwen3-32B", "qwen3-32b"), survey=True, gpus=[], max_model_len=32768)
+    rows = {(row["gpus"], row["gb"]): row for row in result["survey"]}
+    assert set(rows) == {(count, gb) for count in (1, 2, 4, 8) for gb in (16, 24, 32, 40, 48, 80, 96, 141, 180, 192)}
+    assert (rows[1, 24]["fits"], rows[1, 141]["fits"], rows[2, 80]["link"], rows[2, 48]["link"]) == (False, True, "NVLink", "PCIe")
+    assert rows[1, 80]["helps"] == "a KV cache in fp8" or "context of" in rows[1, 80]["helps"]
+    # More GPUs of a kind never carry less.
+    for gb in (24, 48, 80):
+        contexts = [rows[count, gb]["context"] for count in (1, 2, 4, 8)]
+        assert contexts == sorted(contexts)
+    assert result["fits"]
+    assert len(result["survey_table"]) > 5
+    assert result["fetching"] == {"disk_gib": 61.0, "fetch_seconds": 524, "read_seconds": 61}
+    nothing = plan(model(tmp_path / "DeepSeek-V3", "deepseek-v3", quantization_config=None), survey=True, gpus=[], gpu_memory_utilization=0.5)
+    assert (nothing["fits"], nothing["survey_table"][-1]) == (False, "none of these carries it")
+
+
+def test_the_layers_are_shown(tmp_path: Path) -> None:
+    result = plan(model(tmp_path / "Qwen3.5-27B", "qwen3.5-27b"), max_model_len=8192)
+    assert result["layers"] == [{"kind": "state", "layers": 48, "bytes": 3207168}, {"kind": "full", "layers": 16, "bytes": 4096}]
+
+
 def test_a_host_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(PlanError, match="there is no GPU to plan for"):
@@ -179,3 +279,14 @@ def test_the_playbook(tmp_path: Path, name: str, context: int, status: int, said
     assert result.returncode == status, result.stdout + result.stderr
     assert said in " ".join(result.stdout.split())
     assert "changed=0" in result.stdout
+
+
+def test_the_playbook_without_an_inventory_surveys(tmp_path: Path) -> None:
+    program = shutil.which("ansible-playbook", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    assert program
+    settings = {"vllm_model": model(tmp_path / "Llama-3.1-8B", "llama-3.1-8b"), "vllm_plan_json": True, "ansible_python_interpreter": sys.executable}
+    command = [program, "playbooks/plan.yml", "-i", os.devnull, "-e", json.dumps(settings)]
+    result = subprocess.run(command, cwd=ROOT, env=os.environ | {"ANSIBLE_FORCE_COLOR": "0"}, capture_output=True, text=True, check=False, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "fetch_seconds" in result.stdout
+    assert "H200" in result.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -646,3 +647,23 @@ def test_a_record_of_another_version() -> None:
     """An upgrade, or a step back, must not make a host that serves unusable."""
     text = '{"slots": {"blue": {"model": "m", "digest": "d", "slept_before": true}}, "active": "blue", "more": 1}'
     assert State.from_json(text).slots["blue"].model == "m"
+
+
+@pytest.mark.parametrize(("more", "port"), [([], 0), (["--nnodes", "2", "--master-port", "29512", "--headless"], 29512)])
+def test_the_record_says_where_a_models_hosts_meet(more: list[str], port: int) -> None:
+    world = World()
+    present(world, Wish("shared", {"image": "vllm", "command": ["shared", *more]}))
+    assert State.from_json(world.file).slots["blue"].port == port
+
+
+def test_a_record_without_the_port_is_read_and_kept() -> None:
+    """As versions wrote it that did not know it: nothing may be concluded from that."""
+    world = serving()
+    record = json.loads(world.file)
+    del record["slots"]["blue"]["port"]
+    world.file = json.dumps(record)
+    assert State.from_json(world.file).slots["blue"].port is None
+    present(world, wish("new"))
+    check_serves(world, "new")
+    slots = State.from_json(world.file).slots
+    assert (slots["blue"].port, slots["green"].port) == (None, 0)

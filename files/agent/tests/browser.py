@@ -228,6 +228,4 @@ class Page:
     def requested(self) -> list[str]:
         """The addresses that the page asked for since it was asked for the last time."""
         entries = (json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance"))
-        return [
-            entry["params"]["request"]["url"] for entry in entries if entry["method"] == "Network.requestWillBeSent"
-        ]
+        return [entry["params"]["request"]["url"] for entry in entries if entry["method"] == "Network.requestWillBeSent"]

@@ -13,7 +13,7 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.store.base import BaseStore
 from langgraph.types import Command
 
-from agent.graph import create_graph
+from agent.llm.graph import create_graph
 from agent.settings import Settings
 from agent.tools.toolbox import Toolbox
 from agent.tracing import Tracing

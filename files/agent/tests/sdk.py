@@ -25,9 +25,7 @@ def make_key(postgres: Postgres, name: str) -> str:
     return key
 
 
-def connect(
-    agent: Agent, user: str = "tester", *, key: str | None = None, url: str | None = None
-) -> SyncLangGraphClient:
+def connect(agent: Agent, user: str = "tester", *, key: str | None = None, url: str | None = None) -> SyncLangGraphClient:
     return get_sync_client(url=url or agent.url, api_key=key, headers=None if key else headers(user))
 
 

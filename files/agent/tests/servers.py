@@ -24,10 +24,7 @@ import pytest
 AGENT = Path(__file__).resolve().parents[1]
 MODEL_SERVER = AGENT.parents[1] / "tests" / "model_server" / "server.py"
 ODD_PASSWORD = r"""$a'b"c\d#e%f@g:h/i j${k}{{l}}&m=n;o"""
-REDIS_COMMANDS = (
-    "+ping +evalsha +script|load +pexpire +zadd +zcard +zrange +zrem +zremrangebyscore +hset +hdel +hgetall"
-    " +xadd +xread +expire"
-)
+REDIS_COMMANDS = "+ping +evalsha +script|load +pexpire +zadd +zcard +zrange +zrem +zremrangebyscore +hset +hdel +hgetall +xadd +xread +expire"
 PROXY_SECRET = "the-secret-that-nginx-sends"
 
 
@@ -43,6 +40,14 @@ def wait_until(true: Callable[[], bool], what: str, seconds: float = 20) -> None
         if time.monotonic() > deadline:
             pytest.fail(f"{what}: not within {seconds} s")
         time.sleep(0.05)
+
+
+def lives(pid: int) -> bool:
+    """Whether a process runs: one that ended may still wait for somebody to read its status."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def find_program(name: str, package: str, where: str = "") -> str:
@@ -127,9 +132,7 @@ class Postgres(Process):
         )
         self.start()
         with psycopg.connect(self.admin(), autocommit=True) as connection:
-            connection.execute(
-                psycopg.sql.SQL("CREATE ROLE agent LOGIN PASSWORD {}").format(psycopg.sql.Literal(ODD_PASSWORD))
-            )
+            connection.execute(psycopg.sql.SQL("CREATE ROLE agent LOGIN PASSWORD {}").format(psycopg.sql.Literal(ODD_PASSWORD)))
             connection.execute("CREATE DATABASE agent OWNER agent")
 
     def options(self) -> dict[str, Any]:
@@ -141,9 +144,7 @@ class Postgres(Process):
         return [self.program, "-D", str(self.directory / "data"), *(f"--{name}={settings[name]}" for name in settings)]
 
     def admin(self, database: str = "postgres") -> str:
-        return psycopg.conninfo.make_conninfo(
-            host=str(self.directory), port=self.port, user="postgres", dbname=database, connect_timeout=2
-        )
+        return psycopg.conninfo.make_conninfo(host=str(self.directory), port=self.port, user="postgres", dbname=database, connect_timeout=2)
 
     def answers(self) -> bool:
         try:
@@ -160,7 +161,8 @@ class Postgres(Process):
         super().stop(how)  # SIGINT is a fast shutdown; the others would leave its children behind
 
     def crash(self) -> None:
-        """Kill every process of it at once, as a lost machine would."""
+        """Kill every process of it at once, as a lost machine would. Returns when none is left, or the next start finds its memory in use."""
+        self.process.send_signal(signal.SIGSTOP)  # no child is born after they were counted
         children = self._children()
         self.process.kill()
         for child in children:
@@ -168,6 +170,7 @@ class Postgres(Process):
                 os.kill(child, signal.SIGKILL)
         self.process.wait(20)
         self.process = None
+        wait_until(lambda: not any(map(lives, children)), "the processes of Postgres are gone")
 
     def freeze(self) -> None:
         """Stop the processes that serve connections, as a hung disk would."""
@@ -191,9 +194,7 @@ class Redis(Process):
         self.program = find_program("redis-server", "redis-server")
         digest = hashlib.sha256(ODD_PASSWORD.encode()).hexdigest()
         self.acl = self.directory / "users.acl"
-        self.acl.write_text(
-            f"user default off\nuser agent on #{digest} ~agent:* resetchannels -@all {REDIS_COMMANDS}\n"
-        )
+        self.acl.write_text(f"user default off\nuser agent on #{digest} ~agent:* resetchannels -@all {REDIS_COMMANDS}\n")
         self.start()
 
     def command(self) -> list[str]:
@@ -321,6 +322,4 @@ def environment(postgres: Postgres, redis: Redis, model: Model, directory: Path)
 
 
 def migrate(environ: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "agent.migrate"], env=environ, capture_output=True, text=True, timeout=90
-    )
+    return subprocess.run([sys.executable, "-m", "agent.migrate"], env=environ, capture_output=True, text=True, timeout=90)

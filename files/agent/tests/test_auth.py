@@ -16,14 +16,14 @@ import pytest
 from fastapi import Depends, FastAPI, Request, Response
 from pydantic import SecretStr
 
-from agent import auth
-from agent.auth import KEY, Authenticate, Authenticator, KeyRing, Limits, Principal, authenticate
-from agent.database import create_pool
+from agent.access import auth
+from agent.access.auth import KEY, Authenticate, Authenticator, KeyRing, Limits, Principal, authenticate
+from agent.api.middleware import Observe, error_response
 from agent.errors import ServiceError
 from agent.keys import main
 from agent.metrics import Metrics
-from agent.middleware import Observe, error_response
 from agent.settings import Settings
+from agent.storage.postgres import create_pool
 from servers import PROXY_SECRET, Model, Postgres, Redis, environment
 
 ASK = "ask_ci_" + "x" * 43
@@ -95,12 +95,12 @@ async def serve(environ: dict[str, str], secret: str | None = PROXY_SECRET) -> A
     await pool.open()
     ring = KeyRing(pool)
     app = FastAPI()
-    app.state.authenticator = Authenticator(ring, SecretStr(secret) if secret else None)
+    authenticator = Authenticator(ring, SecretStr(secret) if secret else None)
 
     async def refuse(request: Request, error: ServiceError) -> Response:
         return error_response(error, request.state.request_id)
 
-    app.add_middleware(Authenticate, refuse=refuse)
+    app.add_middleware(Authenticate, authenticator=lambda: authenticator, refuse=refuse)
     app.add_middleware(Observe, metrics=Metrics())
 
     @app.get("/whoami")
@@ -247,9 +247,7 @@ def test_revoked_within_five_seconds_without_a_restart(environ: dict[str, str], 
 
 
 @pytest.mark.parametrize("how", ["stop", "freeze"])
-def test_postgres_away(
-    environ: dict[str, str], keys: Keys, migrated: Postgres, monkeypatch: pytest.MonkeyPatch, how: str
-) -> None:
+def test_postgres_away(environ: dict[str, str], keys: Keys, migrated: Postgres, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     key, unseen = (str(keys("create", name)["key"]) for name in ("ci", "unseen"))
     monkeypatch.setattr(auth, "AWAY_SECONDS", 8)
 
@@ -362,9 +360,7 @@ class TestKeys:
         assert sorted(entry["changed"] for entry in made) == [False, False, False, True]
         assert len(keys("list")["keys"]) == 1
 
-    def test_it_says_why_it_cannot(
-        self, environ: dict[str, str], program: Callable[..., subprocess.CompletedProcess[str]]
-    ) -> None:
+    def test_it_says_why_it_cannot(self, environ: dict[str, str], program: Callable[..., subprocess.CompletedProcess[str]]) -> None:
         for variable, value, error in (
             ("AGENT_POSTGRES_PORT", "1", "agent: cannot use the database: "),
             ("AGENT_POSTGRES_PORT", "x", "AGENT_POSTGRES_PORT='x'"),

@@ -19,9 +19,7 @@ from servers import Agent, Model, Postgres, Redis
 
 @pytest.fixture(scope="module")
 def service(migrated: Postgres, redis: Redis, model_process: Model) -> Iterator[Agent]:
-    service = Agent(
-        migrated, redis, model_process, workers=2, AGENT_RATE_LIMIT="1000/minute", AGENT_CONCURRENT_RUNS="6"
-    )
+    service = Agent(migrated, redis, model_process, workers=2, AGENT_RATE_LIMIT="1000/minute", AGENT_CONCURRENT_RUNS="6")
     service.start()
     yield service
     service.remove()
@@ -122,10 +120,7 @@ def test_failed_runs_give_their_place_back(service: Agent) -> None:
         assert 429 not in {answer.status_code for answer in answers}, [answer.text for answer in answers]
     # Refused after it was let in: the thread is not there.
     for _ in range(10):
-        assert (
-            service.client.post("/threads/none/runs/wait", json={"assistant_id": "agent"}, headers=headers).status_code
-            == 404
-        )
+        assert service.client.post("/threads/none/runs/wait", json={"assistant_id": "agent"}, headers=headers).status_code == 404
     assert service.chat("hello", None, **headers).status_code == 200
 
 

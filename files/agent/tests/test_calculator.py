@@ -165,7 +165,5 @@ for expression in REFUSED:
         continue
     raise SystemExit(f"not refused: {expression[:50]}")
 """
-    run = subprocess.run(
-        [sys.executable, "-c", program], env={"PYTHONPATH": ":".join(sys.path)}, capture_output=True, text=True
-    )
+    run = subprocess.run([sys.executable, "-c", program], env={"PYTHONPATH": ":".join(sys.path)}, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -31,9 +31,7 @@ def test_the_model_sees_earlier_turns(agent: Agent, model: Model) -> None:
 
 
 @pytest.mark.parametrize("enabled", ["true", "false"])
-def test_tools_are_offered_to_the_model_only_where_they_are_enabled(
-    start_agent: Callable[..., Agent], model: Model, enabled: str
-) -> None:
+def test_tools_are_offered_to_the_model_only_where_they_are_enabled(start_agent: Callable[..., Agent], model: Model, enabled: str) -> None:
     assert start_agent(AGENT_TOOLS_ENABLED=enabled).chat("hello").status_code == 200
     assert ("tools" in model.requests()[-1]) is (enabled == "true")
 

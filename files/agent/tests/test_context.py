@@ -5,8 +5,9 @@ import random
 import pytest
 from langchain_core.messages import AIMessage, AnyMessage, HumanMessage, ToolMessage
 
-from agent.context import CUT, LEFT_OUT, count, fit, last_turn, turns
 from agent.errors import ConversationTooLong
+from agent.llm.context import CUT, LEFT_OUT, fit, last_turn, turns
+from agent.tokens import count
 from graphs import Graph
 from servers import Model
 
@@ -56,17 +57,16 @@ def test_the_last_turn_stays_when_nothing_else_fits() -> None:
 def test_long_results_of_the_last_turn_are_shortened() -> None:
     question, *rest = turn(1, calls=3)[:-1]
     contents = ["short", "x" * 30_000, "y" * 9_000]
-    rest = [
-        message.model_copy(update={"content": contents.pop(0)}) if isinstance(message, ToolMessage) else message
-        for message in rest
-    ]
+    rest = [message.model_copy(update={"content": contents.pop(0)}) if isinstance(message, ToolMessage) else message for message in rest]
     shown, left_out = fit([question, *rest], 2_000)
     assert left_out
     assert_whole(list(shown))
     results = [message.text for message in shown if isinstance(message, ToolMessage)]
     assert results[0] == "short"
-    assert results[1].startswith("xxx") and results[1].endswith(CUT)
-    assert results[2].startswith("yyy") and results[2].endswith(CUT)
+    assert results[1].startswith("xxx")
+    assert results[1].endswith(CUT)
+    assert results[2].startswith("yyy")
+    assert results[2].endswith(CUT)
     assert sum(count(message) for message in shown) <= 2_000
     assert "x" * 30_000 in [message.text for message in rest]  # the thread itself keeps them
 

@@ -59,9 +59,7 @@ def runs_in(database: Postgres, thread: str) -> bool:
 
 
 class TestKilledWorker:
-    def test_another_one_finishes_the_run(
-        self, pair: tuple[Agent, Agent], migrated: Postgres, threads: ThreadPoolExecutor
-    ) -> None:
+    def test_another_one_finishes_the_run(self, pair: tuple[Agent, Agent], migrated: Postgres, threads: ThreadPoolExecutor) -> None:
         first, second = pair
         taken_over = second.metric("agent_runs_taken_over_total")
         lost = threads.submit(post, first, "work [[delay 2]]", "killed-worker", "turn-1")
@@ -86,9 +84,7 @@ class TestKilledWorker:
         wait_until(lambda: status(migrated, "killed-alone") == ["success"], "the turn is finished", 15)
         assert len(texts(second, "killed-alone")) == 2
 
-    def test_a_tool_that_ran_does_not_run_again(
-        self, pair: tuple[Agent, Agent], migrated: Postgres, model: Model
-    ) -> None:
+    def test_a_tool_that_ran_does_not_run_again(self, pair: tuple[Agent, Agent], migrated: Postgres, model: Model) -> None:
         first, second = pair
         message = '[[tool calculator {"expression": "6*7"}]] [[delay 1.5]]'
         assert start_run(first, "killed-after-tool", message).status_code == 200
@@ -101,9 +97,7 @@ class TestKilledWorker:
         # The call, the try that was killed, and the one that answered.
         assert len(model.requests()) == 3
 
-    def test_one_that_starts_from_an_older_checkpoint_goes_on_too(
-        self, pair: tuple[Agent, Agent], migrated: Postgres, model: Model
-    ) -> None:
+    def test_one_that_starts_from_an_older_checkpoint_goes_on_too(self, pair: tuple[Agent, Agent], migrated: Postgres, model: Model) -> None:
         first, second = pair
         thread = "killed-fork"
         for text in ("before", "left out"):
@@ -154,9 +148,7 @@ class TestKilledWorker:
             assert time.monotonic() - killed < 5
         assert {service.chat("hello").status_code for _ in range(10)} == {200}
 
-    def test_one_of_which_a_part_fails_ends(
-        self, start_agent: Callable[..., Agent], agent_process: Agent, migrated: Postgres
-    ) -> None:
+    def test_one_of_which_a_part_fails_ends(self, start_agent: Callable[..., Agent], agent_process: Agent, migrated: Postgres) -> None:
         """A row that nobody can read stands for a mistake in what looks after the runs."""
         agent_process.freeze()
         try:
@@ -216,9 +208,7 @@ def test_a_worker_that_was_taken_for_dead_changes_nothing(pair: tuple[Agent, Age
 
 class TestPostgres:
     @pytest.mark.parametrize("seconds", [0.0, 3.0])
-    def test_crashes_in_the_middle_of_a_turn(
-        self, agent: Agent, migrated: Postgres, threads: ThreadPoolExecutor, seconds: float
-    ) -> None:
+    def test_crashes_in_the_middle_of_a_turn(self, agent: Agent, migrated: Postgres, threads: ThreadPoolExecutor, seconds: float) -> None:
         thread = f"crash-{seconds:.0f}"
         turn = threads.submit(post, agent, "work [[delay 1]]", thread, thread)
         wait_until(lambda: runs_in(migrated, thread), "the turn runs")
@@ -250,9 +240,7 @@ class TestTurnIds:
         assert len(model.requests()) == 1
 
     def test_at_the_same_time_in_two_workers(self, pair: tuple[Agent, Agent], threads: ThreadPoolExecutor) -> None:
-        answers = list(
-            threads.map(lambda n: post(pair[n % 2], "once [[delay 0.5]]", "turns-at-once", "at-once"), range(8))
-        )
+        answers = list(threads.map(lambda n: post(pair[n % 2], "once [[delay 0.5]]", "turns-at-once", "at-once"), range(8)))
         assert [answer.status_code for answer in answers] == [200] * 8
         assert len({answer.json()["run_id"] for answer in answers}) == 1
         assert len(texts(pair[0], "turns-at-once")) == 2

@@ -181,13 +181,9 @@ def refusing(database: Postgres, thread: str) -> Iterator[None]:
     """Let Postgres refuse every checkpoint of a thread, and quote it, as it does with what is no JSON."""
     with psycopg.connect(database.admin("agent"), autocommit=True) as connection:
         connection.execute(
-            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
-            " RAISE EXCEPTION 'bad value secret-canary' USING ERRCODE = '22P05'; END $$"
+            "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'bad value secret-canary' USING ERRCODE = '22P05'; END $$"
         )
-        connection.execute(
-            "CREATE TRIGGER refuse BEFORE INSERT ON checkpoints FOR EACH ROW"
-            f" WHEN (NEW.thread_id = '{thread}') EXECUTE FUNCTION refuse()"
-        )
+        connection.execute(f"CREATE TRIGGER refuse BEFORE INSERT ON checkpoints FOR EACH ROW WHEN (NEW.thread_id = '{thread}') EXECUTE FUNCTION refuse()")
         try:
             yield
         finally:

@@ -91,9 +91,7 @@ def leave(agent: Agent, follow: Callable[[Any], Any], gone: Callable[[], bool]) 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("where", [0, 1], ids=["same worker", "other worker"])
-def test_a_run_that_waits_tells_everything(
-    clients: Clients, thread: str, migrated: Postgres, strategy: Any, where: int
-) -> None:
+def test_a_run_that_waits_tells_everything(clients: Clients, thread: str, migrated: Postgres, strategy: Any, where: int) -> None:
     # So long that only the worker that becomes free takes the second one.
     first = start(clients[0], thread, "[[delay 2.5]] first", migrated)
     ran_in = worker(migrated, first)
@@ -118,9 +116,7 @@ def test_a_run_that_waits_tells_everything(
 
 
 @pytest.mark.parametrize("where", [0, 1], ids=["same worker", "other worker"])
-def test_chat_stream_on_a_busy_thread(
-    pair: tuple[Agent, Agent], clients: Clients, thread: str, migrated: Postgres, where: int
-) -> None:
+def test_chat_stream_on_a_busy_thread(pair: tuple[Agent, Agent], clients: Clients, thread: str, migrated: Postgres, where: int) -> None:
     start(clients[0], thread, "[[delay 2.5]] first", migrated)
     stream = Stream(pair[where], {"message": SECOND, "thread_id": thread}).join()
     assert len(stream.texts()) > 3
@@ -178,9 +174,7 @@ def test_who_follows_a_run_that_is_rolled_back_is_told(clients: Clients, thread:
 @pytest.mark.parametrize("kept", [True, False], ids=["on a thread", "without one"])
 def test_a_created_run_is_told_in_the_other_worker(clients: Clients, thread: str, kept: bool) -> None:
     text = "[[delay 1]] [[pace 0.02]] hello"
-    run = clients[0].runs.create(
-        thread if kept else None, "agent", input=message(text), stream_mode=["messages-tuple", "values"]
-    )
+    run = clients[0].runs.create(thread if kept else None, "agent", input=message(text), stream_mode=["messages-tuple", "values"])
     parts = list(clients[1].runs.join_stream(run["thread_id"], run["run_id"]))
     assert {part.event for part in parts} == {"metadata", "messages", "values", "end"}
     assert len([part for part in parts if part.event == "messages"]) > 3
@@ -220,9 +214,7 @@ def test_the_other_worker_knows_it_all(clients: Clients, thread: str, migrated: 
 
 
 @pytest.mark.parametrize("call", ["stream", "wait"])
-def test_who_leaves_a_run_that_waits_cancels_it(
-    pair: tuple[Agent, Agent], clients: Clients, thread: str, migrated: Postgres, call: str
-) -> None:
+def test_who_leaves_a_run_that_waits_cancels_it(pair: tuple[Agent, Agent], clients: Clients, thread: str, migrated: Postgres, call: str) -> None:
     first = start(clients[0], thread, "[[delay 4]] first", migrated)
 
     def follow(client: Any) -> Any:
@@ -236,9 +228,7 @@ def test_who_leaves_a_run_that_waits_cancels_it(
 
 
 @pytest.mark.parametrize("call", ["stream", "wait"])
-def test_who_leaves_a_run_in_the_other_worker_cancels_it(
-    pair: tuple[Agent, Agent], clients: Clients, thread: str, migrated: Postgres, call: str
-) -> None:
+def test_who_leaves_a_run_in_the_other_worker_cancels_it(pair: tuple[Agent, Agent], clients: Clients, thread: str, migrated: Postgres, call: str) -> None:
     first = start(clients[0], thread, "[[delay 2.5]] first", migrated)
 
     def follow(client: Any) -> Any:
@@ -255,13 +245,9 @@ def test_who_leaves_a_run_in_the_other_worker_cancels_it(
 
 @pytest.mark.parametrize("call", ["join_stream", "join"])
 @pytest.mark.parametrize("where", [0, 1], ids=["same worker", "other worker"])
-def test_who_only_joined_may_leave(
-    pair: tuple[Agent, Agent], clients: Clients, thread: str, migrated: Postgres, call: str, where: int
-) -> None:
+def test_who_only_joined_may_leave(pair: tuple[Agent, Agent], clients: Clients, thread: str, migrated: Postgres, call: str, where: int) -> None:
     """The run goes with the client that started it, and that one stays."""
-    stream = clients[0].runs.stream(
-        thread, "agent", input=message("[[delay 1.5]] hello"), on_disconnect="cancel", stream_resumable=True
-    )
+    stream = clients[0].runs.stream(thread, "agent", input=message("[[delay 1.5]] hello"), on_disconnect="cancel", stream_resumable=True)
     run = next(iter(stream)).data["run_id"]
 
     def follow(client: Any) -> Any:
@@ -283,14 +269,10 @@ def test_who_leaves_a_completion_on_a_busy_thread(pair: tuple[Agent, Agent], mig
         first = start(client, thread, "[[delay 1]] first", migrated)
 
         async def main() -> None:
-            async with AsyncOpenAI(
-                base_url=f"{pair[1].url}/openai/v1", api_key=key, default_headers={"X-Thread-Id": thread}
-            ) as openai:
+            async with AsyncOpenAI(base_url=f"{pair[1].url}/openai/v1", api_key=key, default_headers={"X-Thread-Id": thread}) as openai:
 
                 async def ask() -> None:
-                    answer: Any = await openai.chat.completions.create(
-                        model="agent", messages=[{"role": "user", "content": "second"}], stream=stream
-                    )
+                    answer: Any = await openai.chat.completions.create(model="agent", messages=[{"role": "user", "content": "second"}], stream=stream)
                     if stream:
                         async for _ in answer:
                             pass
@@ -358,7 +340,8 @@ def test_who_waits_has_a_heartbeat(impatient: Agent) -> None:
     text = "[[delay 1.1]] hello"
     told = raw(impatient, "/runs/wait", {"assistant_id": "agent", "input": message(text)})
     blank, _, rest = told.partition(b"{")
-    assert set(blank) == {ord("\n")} and len(blank) >= 4
+    assert set(blank) == {ord("\n")}
+    assert len(blank) >= 4
     assert b"hello" in rest
     with connect(impatient) as client:
         values: Any = client.runs.wait(None, "agent", input=message(text))

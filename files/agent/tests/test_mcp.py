@@ -40,9 +40,7 @@ def call(name: str, **arguments: Any) -> str:
     return f"[[tool {name} {json.dumps(arguments)}]]"
 
 
-def use(
-    servers: dict[str, str], test: Callable[[Toolbox, CollectorRegistry], Coroutine[Any, Any, None]], **options: Any
-) -> None:
+def use(servers: dict[str, str], test: Callable[[Toolbox, CollectorRegistry], Coroutine[Any, Any, None]], **options: Any) -> None:
     async def main() -> None:
         toolbox, registry = create_tools(settings()), CollectorRegistry()
         async with McpServers(servers, toolbox, registry, **{"call_seconds": 2, **options}):

@@ -19,7 +19,8 @@ from langchain_openai import ChatOpenAI
 from pydantic import SecretStr
 
 from agent.errors import ModelFailed, ModelUnavailable
-from agent.model import TURN, ChatModel, ContextOverflow, Turn, create_model
+from agent.llm.model import ChatModel, ContextOverflow, create_model
+from agent.llm.turn import TURN, Turn
 from agent.settings import Settings
 from servers import Model, find_program, free_port
 
@@ -103,10 +104,7 @@ def completion(message: dict[str, Any], **more: Any) -> bytes:
 
 
 def http(body: bytes, status: str = "200 OK", headers: str = "") -> bytes:
-    return (
-        f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n{headers}\r\n".encode()
-        + body
-    )
+    return f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n{headers}\r\n".encode() + body
 
 
 def error(status: str, message: str = "no", headers: str = "") -> bytes:
@@ -246,7 +244,8 @@ class TestTheSameAsChatOpenAI:
             assert ours.usage_metadata == theirs.usage_metadata
             assert ours.response_metadata["finish_reason"] == theirs.response_metadata["finish_reason"]
             assert ours.response_metadata["model_name"] == theirs.response_metadata["model_name"] == "served"
-            assert ours.id and theirs.id
+            assert ours.id
+            assert theirs.id
 
         run(always(answer), use)
 
@@ -375,15 +374,9 @@ GARBAGE = {
     "null choices": http(b'{"choices": null}'),
     "a list": http(b"[]"),
     "a number for text": http(completion({"content": 7})),
-    "arguments that are no JSON": http(
-        completion({"content": None, "tool_calls": [CALL | {"function": {"name": "x", "arguments": "{oops"}}]})
-    ),
-    "half of the arguments": http(
-        completion({"content": None, "tool_calls": [CALL | {"function": {"name": "x", "arguments": '{"a": 1'}}]})
-    ),
-    "arguments that are a list": http(
-        completion({"content": None, "tool_calls": [CALL | {"function": {"name": "x", "arguments": "[1]"}}]})
-    ),
+    "arguments that are no JSON": http(completion({"content": None, "tool_calls": [CALL | {"function": {"name": "x", "arguments": "{oops"}}]})),
+    "half of the arguments": http(completion({"content": None, "tool_calls": [CALL | {"function": {"name": "x", "arguments": '{"a": 1'}}]})),
+    "arguments that are a list": http(completion({"content": None, "tool_calls": [CALL | {"function": {"name": "x", "arguments": "[1]"}}]})),
     "a call without a name": http(completion({"content": None, "tool_calls": [{"id": "a", "function": {}}]})),
     "deep": http(b'{"choices":' + b"[" * 100_000),
     "a huge number": http(b'{"choices": 1e999999999}'),
@@ -448,7 +441,7 @@ class TestFailures:
 
         async def use(server: Server) -> tuple[list[str], int]:
             seen = []
-            with pytest.raises(ModelUnavailable):
+            with pytest.raises(ModelUnavailable):  # noqa: PT012  what came before the failure counts
                 async for chunk in model(server.url).astream(ASK):
                     seen.append(chunk.text)
             return seen, len(server.requests)
@@ -475,7 +468,7 @@ class TestFailures:
 
     @pytest.mark.parametrize("stream", [False, True])
     def test_endless_answers_are_cut_off(self, stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("agent.model.MAX_ANSWER_BYTES", 1 << 20)
+        monkeypatch.setattr("agent.llm.answers.MAX_ANSWER_BYTES", 1 << 20)
 
         async def script(number: int, request: dict[str, Any], write: Write) -> None:
             await write(SSE_HEAD)
@@ -529,7 +522,7 @@ class TestFailures:
             always(error("400 Bad Request", "the user said: canary")),
             lambda server: _fails(model(server.url).ainvoke(ASK), ModelFailed),
         )
-        assert next(record.__dict__ for record in caplog.records if record.name == "agent.model")["status"] == 400
+        assert next(record.__dict__ for record in caplog.records if record.name == "agent.llm.model")["status"] == 400
         assert "canary" not in str([vars(record) for record in caplog.records])
 
 
@@ -540,9 +533,7 @@ async def _fails(awaitable: Awaitable[Any], kind: type[Exception]) -> None:
 
 
 class TestTheHold:
-    @pytest.mark.parametrize(
-        "status", ["429 Too Many Requests", "502 Bad Gateway", "503 Service Unavailable", "504 Gateway Timeout"]
-    )
+    @pytest.mark.parametrize("status", ["429 Too Many Requests", "502 Bad Gateway", "503 Service Unavailable", "504 Gateway Timeout"])
     @pytest.mark.parametrize("stream", [False, True])
     def test_a_model_that_comes_back_in_time(self, status: str, stream: bool) -> None:
         told: list[dict[str, str]] = []
@@ -582,9 +573,7 @@ class TestTheHold:
         assert (failure.status, failure.retry_after) == (503, 5)
 
     def test_retry_after_is_respected(self) -> None:
-        script = in_turn(
-            error("429 Too Many Requests", headers="Retry-After: 1\r\n"), http(completion({"content": "x"}))
-        )
+        script = in_turn(error("429 Too Many Requests", headers="Retry-After: 1\r\n"), http(completion({"content": "x"})))
         started = time.monotonic()
         run(script, lambda server: model(server.url, hold_seconds=5).ainvoke(ASK))
         assert time.monotonic() - started >= 1

@@ -70,7 +70,8 @@ def test_stream(client: OpenAI) -> None:
     assert "".join(pieces).startswith("I see 1 user message.")
     assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "stop"
     assert chunks[-1].choices == []
-    assert chunks[-1].usage and chunks[-1].usage.completion_tokens > 0
+    assert chunks[-1].usage
+    assert chunks[-1].usage.completion_tokens > 0
     assert all(chunk.usage is None for chunk in chunks[:-1])
     assert len({chunk.id for chunk in chunks}) == 1
     plain = list(client.chat.completions.create(model="agent", messages=HELLO, stream=True))
@@ -107,9 +108,7 @@ def test_the_history_is_the_input_and_leaves_nothing(agent: Agent, key: str, cli
 
 
 def test_parameters_reach_the_model(client: OpenAI, model: Model) -> None:
-    answer = client.chat.completions.create(
-        model="agent", messages=HELLO, temperature=0.5, top_p=0.9, seed=7, stop=["END"], max_completion_tokens=3
-    )
+    answer = client.chat.completions.create(model="agent", messages=HELLO, temperature=0.5, top_p=0.9, seed=7, stop=["END"], max_completion_tokens=3)
     assert answer.choices[0].finish_reason == "length"
     assert answer.choices[0].message.content == "I see 1 "
     sent = model.requests()[-1]
@@ -172,7 +171,7 @@ def test_who_hangs_up_stops_the_work(agent: Agent, key: str, stream: bool) -> No
 
 
 @pytest.mark.parametrize(
-    "fault, status, code, streamed",
+    ("fault", "status", "code", "streamed"),
     [
         ("overflow", 400, "context_length_exceeded", "context_length_exceeded"),
         # A stream without an event in it is one that broke.

@@ -20,9 +20,9 @@ from langgraph.store.postgres.aio import AsyncPostgresStore
 from redis import Redis as RedisClient
 from redis.exceptions import NoPermissionError
 
+from agent.api.middleware import Observe
 from agent.logs import JsonFormatter
 from agent.metrics import Metrics
-from agent.middleware import Observe
 from agent.migrate import migrations
 from sdk import connect
 from servers import AGENT, ODD_PASSWORD, Agent, Model, Postgres, Redis, environment, free_port, migrate, wait_until
@@ -56,9 +56,7 @@ class TestMigrate:
         with psycopg.connect(postgres.admin("empty"), autocommit=True) as connection:
             connection.execute("DROP TABLE runs, threads, workers")
             connection.execute("DELETE FROM agent_migrations WHERE name LIKE '0001%'")
-            connection.execute(
-                "INSERT INTO checkpoints (thread_id, checkpoint_id, checkpoint) VALUES ('old', '1', '{}')"
-            )
+            connection.execute("INSERT INTO checkpoints (thread_id, checkpoint_id, checkpoint) VALUES ('old', '1', '{}')")
         assert migrate(empty).stdout == "migrations applied: 1\n"
         with psycopg.connect(postgres.admin("empty")) as connection:
             assert connection.execute("SELECT thread_id, owner FROM threads").fetchall() == [("old", "")]
@@ -85,9 +83,7 @@ class TestMigrate:
         assert "Traceback" not in run.stderr
         assert ODD_PASSWORD not in run.stderr
 
-    def test_a_service_without_them_is_not_ready(
-        self, start_agent: Callable[..., Agent], empty: dict[str, str]
-    ) -> None:
+    def test_a_service_without_them_is_not_ready(self, start_agent: Callable[..., Agent], empty: dict[str, str]) -> None:
         service = start_agent(AGENT_POSTGRES_DB="empty")
         assert service.client.get("/ready").json()["error"]["not_ready"] == ["postgres"]
         answer = service.chat("hello")
@@ -248,11 +244,7 @@ def test_metrics_count(agent: Agent) -> None:
 
 
 def test_metrics_of_turns(agent: Agent, migrated: Postgres) -> None:
-    names = [
-        f"agent_{name}_{what}"
-        for name in ("turn_duration_seconds", "first_token_seconds", "checkpoint_save_seconds")
-        for what in ("count", "sum")
-    ]
+    names = [f"agent_{name}_{what}" for name in ("turn_duration_seconds", "first_token_seconds", "checkpoint_save_seconds") for what in ("count", "sum")]
     before = [agent.metric(name) for name in names]
     running, pending = ('agent_runs{status="running"}', 'agent_runs{status="pending"}')
     body = {"assistant_id": "agent", "if_not_exists": "create"}
@@ -291,9 +283,7 @@ def test_the_log_has_the_number_that_the_proxy_gives(agent: Agent) -> None:
     failed = agent.chat("[[fault 400]]", **{"X-Request-ID": number})
     assert failed.json()["error"]["id"] == failed.headers["X-Request-ID"] == number
     for other in ("", number[:-1], number + "0", number.upper(), f"{number[:-1]}\u0661".encode()):
-        assert re.fullmatch(
-            "[0-9a-f]{32}", agent.client.get("/ok", headers={"X-Request-ID": other}).headers["X-Request-ID"]
-        )
+        assert re.fullmatch("[0-9a-f]{32}", agent.client.get("/ok", headers={"X-Request-ID": other}).headers["X-Request-ID"])
         assert agent.client.get("/ok", headers={"X-Request-ID": other}).headers["X-Request-ID"] != number
     for secret in ({}, {"X-Proxy-Secret": "guess"}):
         stranger = httpx.get(f"{agent.url}/health", headers={"X-Request-ID": number, **secret})

@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -13,10 +14,12 @@ import pytest
 from selenium import webdriver
 from selenium.webdriver.common.keys import Keys
 
+from agent.api.page import FOLDER, load
 from browser import LOGIN, USER, Gateway, Page, start_chromium
 from servers import Agent, Model, Postgres, Redis
 
 PAGE = Path(__file__).resolve().parents[1] / "src" / "agent" / "page"
+FILES = {file.name for file in PAGE.iterdir()} - {"index.html"}
 SUM = '[[tool calculator {"expression": "6*7"}]]'
 TIME = '[[tool current_time {"zone": "UTC"}]]'
 
@@ -112,21 +115,49 @@ def assets(page: str) -> list[str]:
 class TestFiles:
     def test_the_page_is_behind_the_login(self, chat_service: Agent, client: httpx.Client) -> None:
         names = ["/", *assets(client.get("/").text)]
-        assert len(names) == 4
+        assert sorted(name.rpartition("/")[2] for name in names) == ["", *sorted(FILES)]
         assert {httpx.get(f"{chat_service.url}{name}").status_code for name in names} == {401}
 
     def test_names_change_with_the_content_and_are_kept_for_ever(self, client: httpx.Client) -> None:
         page = client.get("/")
         assert page.headers["Cache-Control"] == "private, no-cache"
         for name in assets(page.text):
-            assert re.fullmatch(r"/assets/\w+\.[0-9a-f]{16}\.(css|js|svg)", name)
+            assert re.fullmatch(r"/assets/[0-9a-f]{16}/\w+\.(css|js|svg)", name)
             answer = client.get(name)
             assert answer.status_code == 200
             assert answer.headers["Cache-Control"] == "private, max-age=31536000, immutable"
-            file = PAGE / re.sub(r"/assets/(\w+)\.\w+\.(\w+)", r"\1.\2", name)
-            assert answer.content == file.read_bytes()
+            assert answer.content == (PAGE / name.rpartition("/")[2]).read_bytes()
+            kind = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}[name.rpartition(".")[2]]
+            assert answer.headers["Content-Type"] == f"{kind}; charset=utf-8"
 
-    @pytest.mark.parametrize("name", ["page.js", "page.0000000000000000.js", "..%2fapp.py", "index.html", "%00"])
+    def test_one_file_that_changes_gives_all_of_them_new_names(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        shutil.copytree(PAGE, tmp_path / "page")
+        monkeypatch.setattr("agent.api.page.resources.files", lambda package: tmp_path)
+        _, same, _ = load()
+        assert same == FOLDER
+        (tmp_path / "page" / "dom.js").write_text("// another one")
+        page, changed, assets = load()
+        assert changed != FOLDER
+        assert assets["dom.js"].body == b"// another one"
+        assert f'"/assets/{changed}/main.js"' in page.body.decode()
+        assert FOLDER not in page.body.decode()
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "page.js",
+            "main.js",
+            "0000000000000000/main.js",
+            f"{FOLDER}/other.js",
+            f"{FOLDER}/index.html",
+            f"{FOLDER}/..%2fapp.py",
+            f"{FOLDER}/",
+            "page.0000000000000000.js",
+            "..%2fapp.py",
+            "index.html",
+            "%00",
+        ],
+    )
     def test_other_names_are_not_there(self, client: httpx.Client, name: str) -> None:
         assert client.get(f"/assets/{name}").status_code == 404
 
@@ -504,10 +535,7 @@ class TestMarkdown:
         assert len(page.all(".answer hr")) == 1
 
     def test_links(self, page: Page) -> None:
-        text = (
-            "[docs](https://docs.example/a_b_(c)?x=1) and https://bare.example/x, "
-            "<https://angled.example/>, ![a picture](https://pictures.example/1.png)"
-        )
+        text = "[docs](https://docs.example/a_b_(c)?x=1) and https://bare.example/x, <https://angled.example/>, ![a picture](https://pictures.example/1.png)"
         assert self.answer(page, text, "a") == [
             "docs",
             "https://bare.example/x",
@@ -523,9 +551,7 @@ class TestMarkdown:
         assert {link.get_attribute("target") for link in links} == {"_blank"}
         assert page.all("#turns img") == []
 
-    @pytest.mark.parametrize(
-        "text", ["2 * 3 * 4", "snake_case_name", "a ** b ** c", "5 > 3 < 4", "~x~", "[a] (b)", "# "]
-    )
+    @pytest.mark.parametrize("text", ["2 * 3 * 4", "snake_case_name", "a ** b ** c", "5 > 3 < 4", "~x~", "[a] (b)", "# "])
     def test_what_is_no_markup_stays(self, page: Page, text: str) -> None:
         assert text.strip() in page.open().say(f"\n\nx {text}\n\n")
 
@@ -561,8 +587,9 @@ class TestMarkdown:
     def test_no_text_takes_long(self, page: Page, piece: str) -> None:
         page.open()
         took = page.js(
-            "const started = performance.now(); const answer = new Answer(); answer.text = arguments[0];"
-            "answer.render(); return performance.now() - started",
+            "const turn = document.querySelector('[href$=\"/turn.js\"]').href; const text = arguments[0];"
+            "return import(turn).then(({ Answer }) => { const started = performance.now();"
+            "const answer = new Answer(); answer.text = text; answer.render(); return performance.now() - started; })",
             piece * (60_000 // len(piece)),
         )
         assert took < 1500
@@ -776,4 +803,5 @@ class TestLooks:
         shift = page.js("return window.shift")
         assert shift < 0.01
         loaded = page.js("return performance.getEntriesByType('resource').map((entry) => entry.name)")
-        assert len([name for name in loaded if "/assets/" in name]) == 3
+        fetched = sorted(name.rpartition("/")[2] for name in loaded if "/assets/" in name)
+        assert fetched == sorted(FILES)  # each once

@@ -20,8 +20,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from psycopg.rows import dict_row
 
 from agent import retention
-from agent.database import conninfo, create_pool
 from agent.retention import Retention, RetentionMetrics, RetentionSettings
+from agent.storage.postgres import conninfo, create_pool
 from servers import ODD_PASSWORD, Model, Postgres, Redis, environment, migrate
 
 TABLES = ("threads", "runs", "checkpoints", "checkpoint_writes", "checkpoint_blobs")
@@ -38,9 +38,7 @@ class Database:
 
     def talk(self, thread: str, turns: int = 1, *, days: float = 0) -> None:
         """A thread whose last turn was so long ago."""
-        self.connection.execute(
-            "INSERT INTO threads (thread_id, owner) VALUES (%s, 'user:ada') ON CONFLICT DO NOTHING", [thread]
-        )
+        self.connection.execute("INSERT INTO threads (thread_id, owner) VALUES (%s, 'user:ada') ON CONFLICT DO NOTHING", [thread])
         for number in range(turns):
             self.turn(thread, f"question {number}", days=days)
         self.age(thread, days)
@@ -61,9 +59,7 @@ class Database:
         )
 
     def age(self, thread: str, days: float) -> None:
-        self.connection.execute(
-            "UPDATE threads SET last_active = now() - %s * interval '1 day' WHERE thread_id = %s", [days, thread]
-        )
+        self.connection.execute("UPDATE threads SET last_active = now() - %s * interval '1 day' WHERE thread_id = %s", [days, thread])
 
     def history(self, thread: str) -> list[list[str]]:
         states = self.graph.get_state_history({"configurable": {"thread_id": thread}})
@@ -78,9 +74,7 @@ class Database:
         return {table: self.count(table) for table in TABLES}
 
     def run(self, **options: Any) -> dict[str, Any]:
-        settings = self.settings.model_copy(
-            update={name: options.pop(name) for name in list(options) if name.startswith("retention_")}
-        )
+        settings = self.settings.model_copy(update={name: options.pop(name) for name in list(options) if name.startswith("retention_")})
         with retention.connect(settings) as connection:
             return Retention(connection, settings, sleep=lambda _: None, **options).run()
 
@@ -156,20 +150,14 @@ def test_history_is_pruned_to_the_last_checkpoints(database: Database) -> None:
     assert database.history("long") == whole[:7]
     assert database.history("short") == short
     # The thread goes on as if nothing had been.
-    assert (
-        database.graph.get_state({"configurable": {"thread_id": "long"}}).values["messages"][-1].content == "answer 14"
-    )
+    assert database.graph.get_state({"configurable": {"thread_id": "long"}}).values["messages"][-1].content == "answer 14"
     # Three of the five ended before the oldest that stays.
     assert database.count("runs", "long") == 2
     database.turn("long", "more")
     assert database.history("long")[0][-2:] == ["thought 16", "answer 17"]
     # Every blob that is left is used, and every one that is used is there.
-    used = database.connection.execute(
-        "SELECT DISTINCT thread_id, key, value FROM checkpoints, jsonb_each_text(checkpoint->'channel_versions')"
-    ).fetchall()
-    stored = database.connection.execute(
-        "SELECT thread_id, channel AS key, version AS value FROM checkpoint_blobs"
-    ).fetchall()
+    used = database.connection.execute("SELECT DISTINCT thread_id, key, value FROM checkpoints, jsonb_each_text(checkpoint->'channel_versions')").fetchall()
+    stored = database.connection.execute("SELECT thread_id, channel AS key, version AS value FROM checkpoint_blobs").fetchall()
     assert {tuple(row.values()) for row in stored} <= {tuple(row.values()) for row in used}
     orphans = database.connection.execute(
         "SELECT 1 FROM checkpoint_writes w WHERE NOT EXISTS (SELECT FROM checkpoints c WHERE c.thread_id = w.thread_id"
@@ -215,16 +203,13 @@ def test_a_thread_with_a_run_is_left_alone(database: Database, status: str) -> N
     assert database.run(retention_checkpoints=2)["pruned_threads"] == 1
 
 
-def test_a_run_that_begins_in_the_same_moment_wins_or_waits(
-    database: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_begins_in_the_same_moment_wins_or_waits(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it holds its thread first, the job skips it. Else it waits and finds none: no thread is half gone."""
     for thread in ("first", "second", "third"):
         database.talk(thread, days=40)
     with psycopg.connect(conninfo(database.settings), row_factory=dict_row) as other:
         other.execute(
-            "INSERT INTO runs (run_id, thread_id, owner, status, input, options)"
-            " VALUES (gen_random_uuid(), 'second', 'user:ada', 'running', '{}', '{}')"
+            "INSERT INTO runs (run_id, thread_id, owner, status, input, options) VALUES (gen_random_uuid(), 'second', 'user:ada', 'running', '{}', '{}')"
         )
         did = database.run()
         assert (did["threads"], did["skipped"]) == (2, 1)

@@ -158,9 +158,7 @@ def test_stream_of_values(client: SyncLangGraphClient, thread: str) -> None:
 
 
 def test_stream_of_tokens(client: SyncLangGraphClient, thread: str) -> None:
-    parts = list(
-        client.runs.stream(thread, "agent", input=message("[[pace 0.01]] hello"), stream_mode="messages-tuple")
-    )
+    parts = list(client.runs.stream(thread, "agent", input=message("[[pace 0.01]] hello"), stream_mode="messages-tuple"))
     pieces = [part.data for part in parts if part.event == "messages"]
     assert "".join(piece["content"] for piece, _ in pieces).startswith("I see 1 user message. The first one was")
     assert {piece["type"] for piece, _ in pieces} == {"AIMessageChunk"}
@@ -170,11 +168,10 @@ def test_stream_of_tokens(client: SyncLangGraphClient, thread: str) -> None:
 
 
 def test_stream_of_messages(client: SyncLangGraphClient, thread: str) -> None:
-    parts = list(
-        client.runs.stream(thread, "agent", input=message(f"[[pace 0.01]] {CALCULATE}"), stream_mode="messages")
-    )
+    parts = list(client.runs.stream(thread, "agent", input=message(f"[[pace 0.01]] {CALCULATE}"), stream_mode="messages"))
     events = [part.event for part in parts]
-    assert events[0] == "metadata" and events[-1] == "end"
+    assert events[0] == "metadata"
+    assert events[-1] == "end"
     complete = [part.data[0] for part in parts if part.event == "messages/complete"]
     assert [each["type"] for each in complete] == ["ai", "tool", "ai"]
     assert complete[0]["tool_calls"][0]["args"] == {"expression": "6*7"}
@@ -215,9 +212,7 @@ def test_stream_on_a_new_thread(client: SyncLangGraphClient) -> None:
 
 
 def test_join_a_stream(client: SyncLangGraphClient, thread: str) -> None:
-    run = client.runs.create(
-        thread, "agent", input=message(f"{SLOW} [[pace 0.02]]"), stream_mode=["messages-tuple", "values"]
-    )
+    run = client.runs.create(thread, "agent", input=message(f"{SLOW} [[pace 0.02]]"), stream_mode=["messages-tuple", "values"])
     parts = list(client.runs.join_stream(thread, run["run_id"]))
     assert {part.event for part in parts} == {"metadata", "messages", "values", "end"}
     parts = list(client.runs.join_stream(thread, run["run_id"], stream_mode="values"))
@@ -277,11 +272,7 @@ def test_a_broken_stream_is_taken_up_without_loss(agent: Agent, client: SyncLang
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("error")  # the client would warn that it lost something
-        parts = list(
-            unlucky.runs.stream(
-                thread, "agent", input=message(f"[[pace 0.02]] {text}"), stream_mode=mode, stream_resumable=True
-            )
-        )
+        parts = list(unlucky.runs.stream(thread, "agent", input=message(f"[[pace 0.02]] {text}"), stream_mode=mode, stream_resumable=True))
     proxy.close()
     assert parts[-1].event == "end"
     answer = texts(client, thread)[-1]
@@ -481,11 +472,7 @@ def test_approval(start_agent: Callable[..., Agent]) -> None:
 
         parts = list(client.runs.stream(thread, "agent", input=message(CALCULATE), stream_mode="updates"))
         assert parts[-2].data["__interrupt__"][0]["value"]["tool"] == "calculator"
-        parts = list(
-            client.runs.stream(
-                thread, "agent", command={"resume": {"approve": False, "reason": "no sums"}}, stream_mode="values"
-            )
-        )
+        parts = list(client.runs.stream(thread, "agent", command={"resume": {"approve": False, "reason": "no sums"}}, stream_mode="values"))
         refused = parts[-2].data["messages"][-2]
         assert (refused["type"], refused["status"]) == ("tool", "error")
         assert "no sums" in refused["content"]

@@ -42,9 +42,7 @@ def test_the_one_assistant(client: SyncLangGraphClient) -> None:
         assistant = client.assistants.get(name)
         assert (assistant["assistant_id"], assistant["graph_id"]) == (ASSISTANT_ID, "agent")
     assert [found["name"] for found in client.assistants.search()] == ["agent"]
-    assert client.assistants.search(graph_id="agent", metadata={"created_by": "system"}, select=["name"]) == [
-        {"name": "agent"}
-    ]
+    assert client.assistants.search(graph_id="agent", metadata={"created_by": "system"}, select=["name"]) == [{"name": "agent"}]
     assert client.assistants.search(graph_id="other") == []
     assert client.assistants.search(offset=1) == []
     assert client.assistants.count() == 1

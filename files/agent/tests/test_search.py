@@ -16,7 +16,7 @@ ANSWERS: dict[str, tuple[int, bytes]] = {
     "one": (200, json.dumps({"results": [RESULT]}).encode()),
     "many": (200, json.dumps({"results": [RESULT] * 50}).encode()),
     "none": (200, b'{"results": []}'),
-    "long": (200, json.dumps({"results": [{name: "x" * 100_000 for name in RESULT}]}).encode()),
+    "long": (200, json.dumps({"results": [dict.fromkeys(RESULT, "x" * 100_000)]}).encode()),
     "odd": (200, rb'{"results": [{"title": "nul\u0000 half \ud800 \u202e", "url": null, "content": 7}]}'),
     "huge": (200, b'{"results": "' + b"x" * (2 << 20)),
     "html": (200, b"<html>"),

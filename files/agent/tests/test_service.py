@@ -106,7 +106,7 @@ class TestTokens:
         assert self.refuses(service)
 
     @pytest.mark.parametrize(
-        "text, status",
+        ("text", "status"),
         [
             ('[[loop calculator {"expression": "1"}]]', 422),
             ('a tool and then no more time for an answer [[tool calculator {"expression": "1"}]] [[delay 3]]', 504),
@@ -160,9 +160,7 @@ def test_the_instructions_are_in_no_output(start_agent: Callable[..., Agent], mo
             ask("/chat/stream", json={"message": text, "thread_id": "canary"}).text,
             ask("/threads/canary/runs/wait", json=body).text,
             ask("/threads/canary/runs/stream", json={**body, "stream_mode": modes}).text,
-            ask(
-                "/openai/v1/chat/completions", json={"model": "agent", "messages": [{"role": "user", "content": text}]}
-            ).text,
+            ask("/openai/v1/chat/completions", json={"model": "agent", "messages": [{"role": "user", "content": text}]}).text,
         ]
     assert "canary-prompt-5d1c" in model.requests()[-1]["messages"][0]["content"], "it is the model's alone"
     paths = ["/", "/openapi.json", "/info", "/metrics", "/ready", f"/assistants/{ASSISTANT_ID}"]
@@ -170,6 +168,7 @@ def test_the_instructions_are_in_no_output(start_agent: Callable[..., Agent], mo
     paths += [f"/threads/canary{what}" for what in ("", "/state", "/runs")]
     said += [service.client.get(path).text for path in paths]
     said += [ask("/threads/canary/history", json={"limit": 100}).text, ask("/assistants/search", json={}).text]
-    assert len(said) == 40 + len(paths) + 2 and all(said)
+    assert len(said) == 40 + len(paths) + 2
+    assert all(said)
     time.sleep(0.5)
     assert not [text for text in (*said, service.log.read_text()) if "canary-prompt" in text]

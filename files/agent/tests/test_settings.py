@@ -1,4 +1,5 @@
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -7,8 +8,8 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from agent.database import conninfo
-from agent.settings import Settings, SettingsError
+from agent.settings import Settings, SettingsError, rate, up_to
+from agent.storage.postgres import conninfo
 from servers import AGENT, ODD_PASSWORD
 
 
@@ -22,14 +23,16 @@ def environ(tmp_path: Path) -> dict[str, str]:
 def test_two_secrets_are_all_that_is_required(environ: dict[str, str]) -> None:
     settings = Settings.from_environment(environ)
     assert settings.model_name == "agent-model"
-    assert settings.model_base_url == "http://gateway:8000/v1"
+    assert settings.model_base_url == "http://gateway.inference.internal:8000/v1"
     assert settings.searxng_url is None
     assert settings.redis_password.get_secret_value() == ODD_PASSWORD
 
 
 def test_empty_optional_values_mean_none(environ: dict[str, str]) -> None:
-    settings = Settings.from_environment(environ | {"AGENT_SEARXNG_URL": "", "AGENT_MODEL_API_KEY_FILE": ""})
+    nothing = {"AGENT_SEARXNG_URL": "", "AGENT_MODEL_API_KEY_FILE": "", "AGENT_TEMPERATURE": ""}
+    settings = Settings.from_environment(environ | nothing)
     assert settings.searxng_url is None
+    assert settings.temperature is None
     assert settings.model_api_key is None
 
 
@@ -79,6 +82,10 @@ def test_secrets_do_not_show(environ: dict[str, str]) -> None:
         ("AGENT_RATE_LIMIT", "0/minute", "COUNT/PERIOD"),
         ("AGENT_RATE_LIMIT", "5/minute;10/hour", "COUNT/PERIOD"),
         ("AGENT_RATE_LIMIT", "1000000/minute", "COUNT/PERIOD"),
+        ("AGENT_RATE_LIMIT", "100001/minute", "COUNT/PERIOD"),
+        ("AGENT_RATE_LIMIT", "5/2 days", "COUNT/PERIOD"),
+        ("AGENT_RATE_LIMIT", "5/0 seconds", "COUNT/PERIOD"),
+        ("AGENT_RATE_LIMIT", "5/fortnight", "COUNT/PERIOD"),
         ("AGENT_MAX_MESSAGE_CHARS", "100000", "a whole number from 1 to 60000"),
         ("AGENT_MODEL_HOLD_SECONDS", "-1", "a number of seconds from 0 to 3600"),
         ("AGENT_MODEL_EXTRA_BODY", "{", "a JSON object"),
@@ -100,6 +107,30 @@ def test_a_bad_value_is_named(environ: dict[str, str], variable: str, value: str
     assert str(refusal.value).startswith(f"{variable}={value[:80]!r}: expected ")
     assert allowed in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("60/minute", (60, 60)),
+        ("5/10 seconds", (5, 10)),
+        ("5/1 second", (5, 1)),
+        ("100000/day", (100_000, 86_400)),
+        ("1/24 hours", (1, 86_400)),
+        ("1/1440 minutes", (1, 86_400)),
+    ],
+)
+def test_a_rate_is_a_count_and_seconds(environ: dict[str, str], text: str, expected: tuple[int, int]) -> None:
+    assert rate(Settings.from_environment(environ | {"AGENT_RATE_LIMIT": text}).rate_limit) == expected
+
+
+@pytest.mark.parametrize("most", [1, 7, 10, 24, 1440, 65_535, 86_400, 100_000])
+def test_the_pattern_of_whole_numbers_ends_where_it_should(most: int) -> None:
+    matches = re.compile(up_to(most)).fullmatch
+    # Every number around the powers of ten and around the end, where a digit more or less decides.
+    near = {base + step for base in (0, 10, 100, 1000, 10_000, 100_000, most) for step in range(-12, 13)}
+    assert [number for number in near if number >= 0 and bool(matches(str(number))) != (1 <= number <= most)] == []
+    assert not any(matches(text) for text in ("", "01", "1 ", "-1", "\u0661"))
 
 
 def test_a_default_that_no_longer_fits_is_named(environ: dict[str, str]) -> None:
@@ -133,9 +164,7 @@ def test_a_missing_secret_file_is_named(environ: dict[str, str], tmp_path: Path)
         Settings.from_environment(environ | {"AGENT_REDIS_PASSWORD_FILE": str(tmp_path / "none")})
 
 
-@pytest.mark.parametrize(
-    "module", [["-m", "agent.migrate"], ["-m", "uvicorn", "--factory", "agent.app:from_environment"]]
-)
+@pytest.mark.parametrize("module", [["-m", "agent.migrate"], ["-m", "uvicorn", "--factory", "agent.app:from_environment"]])
 def test_the_programs_end_with_a_sentence(environ: dict[str, str], module: list[str]) -> None:
     settings = environ | {"AGENT_POSTGRES_PORT": "x", "PYTHONPATH": str(AGENT / "src")}
     run = subprocess.run([sys.executable, *module], env=settings, capture_output=True, text=True, timeout=60)

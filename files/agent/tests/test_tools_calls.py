@@ -103,9 +103,7 @@ TOOLS = [echo, locate, leak, refuse, sleep, odd, injected, bare]
 class TestInjection:
     """The scripted model asks for what a text in the conversation could make a real one ask for."""
 
-    @pytest.mark.parametrize(
-        "name", ["shell", "python", "__import__", "os.system", "Echo", "eval", "x" * 5000, "ech\u043e"]
-    )
+    @pytest.mark.parametrize("name", ["shell", "python", "__import__", "os.system", "Echo", "eval", "x" * 5000, "ech\u043e"])
     def test_unknown_tools_are_refused(self, model: Model, name: str) -> None:
         outcome = Graph(model, TOOLS).say(f"[[tool {name} {{}}]]")
         (result,) = outcome.results
@@ -130,7 +128,8 @@ class TestInjection:
         (result,) = Graph(model, TOOLS).say(call("echo", **arguments)).results
         assert result.status == "error"
         assert result.text.startswith("The arguments do not fit.")
-        assert "Traceback" not in result.text and "pydantic" not in result.text
+        assert "Traceback" not in result.text
+        assert "pydantic" not in result.text
 
     @pytest.mark.parametrize(
         "arguments",
@@ -252,9 +251,7 @@ class TestResults:
             ({"readOnlyHint": False, "idempotentHint": None}, 1),
         ],
     )
-    def test_only_idempotent_tools_are_tried_again(
-        self, model: Model, metadata: dict[str, Any] | None, attempts: int
-    ) -> None:
+    def test_only_idempotent_tools_are_tried_again(self, model: Model, metadata: dict[str, Any] | None, attempts: int) -> None:
         tried = []
 
         async def flaky() -> str:
@@ -274,9 +271,7 @@ class TestResults:
                 raise ConnectionError
             return "done"
 
-        flaky_tool = StructuredTool.from_function(
-            coroutine=flaky, name="flaky", description="x", metadata={"idempotent": True}
-        )
+        flaky_tool = StructuredTool.from_function(coroutine=flaky, name="flaky", description="x", metadata={"idempotent": True})
         assert Graph(model, [flaky_tool]).say(call("flaky")).answer == "The tool says: done"
 
 
@@ -348,9 +343,7 @@ class TestApproval:
             {"approve": True, "id": "another-call"},
         ],
     )
-    def test_a_malformed_answer_is_refused_and_can_be_mended(
-        self, graph: Graph, ran: list[str], answer: object
-    ) -> None:
+    def test_a_malformed_answer_is_refused_and_can_be_mended(self, graph: Graph, ran: list[str], answer: object) -> None:
         graph.say(call("delete", path="b"))
         with pytest.raises(InvalidRequest):
             graph.resume(answer)
@@ -366,9 +359,7 @@ class TestApproval:
                 check_answer(wrong)
 
     def test_a_misspelt_name_is_found_at_the_start(self) -> None:
-        create_tools(
-            settings(tools_approval=("calculator", "current_*", "files_delete"), mcp_servers={"files": "http://x"})
-        )
+        create_tools(settings(tools_approval=("calculator", "current_*", "files_delete"), mcp_servers={"files": "http://x"}))
         with pytest.raises(SettingsError, match="AGENT_TOOLS_APPROVAL: no tool is named calcalator"):
             create_tools(settings(tools_approval=("calcalator",)))
 
@@ -385,9 +376,7 @@ def test_tools_may_be_off() -> None:
 def test_the_tools_that_are_there() -> None:
     assert create_tools(settings()).names == ["calculator", "current_time"]
     full = settings(searxng_url="http://search", fetch_allow="example.com", memory_enabled=True)
-    assert create_tools(full).names == [
-        *("calculator", "current_time", "web_search", "fetch_page", "remember", "recall", "forget")
-    ]
+    assert create_tools(full).names == [*("calculator", "current_time", "web_search", "fetch_page", "remember", "recall", "forget")]
 
 
 @pytest.fixture(autouse=True)

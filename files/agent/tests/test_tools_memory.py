@@ -29,11 +29,7 @@ def say(graph: Graph, text: str, owner: str | None = "user:ada") -> str:
 def test_notes_last_across_threads(graph: Graph) -> None:
     key = say(graph, tool("remember", note="likes tea")).removeprefix("Remembered as ").rstrip(".")
     say(graph, tool("remember", note="has a cat named Tom"))
-    assert (
-        graph.say(tool("recall", query="tea?"), thread="another", owner="user:ada")
-        .answer.splitlines()[0]
-        .endswith(f"{key}: likes tea")
-    )
+    assert graph.say(tool("recall", query="tea?"), thread="another", owner="user:ada").answer.splitlines()[0].endswith(f"{key}: likes tea")
     assert say(graph, tool("forget", key=key)) == "Forgotten."
     assert "tea" not in say(graph, tool("recall", query="tea"))
     assert "cat" in say(graph, tool("recall", query=""))
@@ -67,9 +63,7 @@ def test_without_a_store_there_is_no_memory(model: Model) -> None:
     assert say(Graph(model, memory_tools()), tool("remember", note="x")) == "there is no memory here"
 
 
-@pytest.mark.parametrize(
-    ("note", "reason"), [("", "1 to 500"), (" \n ", "1 to 500"), ("x" * 501, "1 to 500"), ("a" * 500, "Remembered")]
-)
+@pytest.mark.parametrize(("note", "reason"), [("", "1 to 500"), (" \n ", "1 to 500"), ("x" * 501, "1 to 500"), ("a" * 500, "Remembered")])
 def test_notes_are_short(graph: Graph, note: str, reason: str) -> None:
     assert reason in say(graph, tool("remember", note=note))
 

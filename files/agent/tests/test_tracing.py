@@ -79,9 +79,7 @@ def test_a_turn(collector: Any, model: Model) -> None:
 
 
 def test_the_service_sends_its_turns(collector: Any, start_agent: Callable[..., Agent]) -> None:
-    service = start_agent(
-        AGENT_OTLP_ENDPOINT=f"http://127.0.0.1:{collector.server_port}", AGENT_SYSTEM_PROMPT="canary-prompt"
-    )
+    service = start_agent(AGENT_OTLP_ENDPOINT=f"http://127.0.0.1:{collector.server_port}", AGENT_SYSTEM_PROMPT="canary-prompt")
     answer = service.chat('canary-in [[tool calculator {"expression": "6*7000"}]]', "traced").json()
     service.stop(signal.SIGTERM)  # which sends what is left
     found = spans(collector)
@@ -119,6 +117,6 @@ def test_off_is_free() -> None:
         assert span is None
     tracing.close()
     # Other packages import parts of the SDK, but only an exporter sends anything.
-    program = "import sys, agent.graph; print([name for name in sys.modules if 'opentelemetry.exporter' in name])"
+    program = "import sys, agent.llm.graph; print([name for name in sys.modules if 'opentelemetry.exporter' in name])"
     run = subprocess.run([sys.executable, "-c", program], cwd=AGENT / "src", capture_output=True, text=True)
     assert run.stdout.strip() == "[]", run.stderr

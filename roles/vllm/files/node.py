@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Run vLLM as one of several hosts that share a model. Standard library only; it runs inside vLLM's container.
 
     node.py serve  ADDRESS COMMAND ...              the head: vLLM listens for requests on /run/vllm/api.sock
@@ -40,7 +39,7 @@ def interface_of(address: str) -> str:
     else:
         names = {}
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
-            for _, name in socket.if_nameindex():
+            for _index, name in socket.if_nameindex():
                 with contextlib.suppress(OSError):
                     answer = fcntl.ioctl(asking, SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
                     names[ipaddress.ip_address(answer[20:24])] = name

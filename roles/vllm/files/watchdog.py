@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Restart the model server that serves if it is truly stuck, or lost its GPU; never one that is only busy. A systemd timer runs this.
 
     watchdog.py CONFIG.json

@@ -1,4 +1,4 @@
-"""The HTTP service: everything is made here, once a worker, and handed to the routes by `app.state`."""
+"""The HTTP service: everything is made here, once a worker, and handed to the routes as its `Services`."""
 
 import functools
 import gc
@@ -9,7 +9,6 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, cast
 from uuid import uuid4
 
-import httpx
 import psycopg
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -19,23 +18,26 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from agent import logs
+from agent.access.auth import Authenticate, Authenticator, KeyRing
+from agent.access.rate_limit import RateLimiter
 from agent.api import chat, langgraph, openai, openapi, page
+from agent.api.middleware import Observe, error_response
 from agent.api.requests import explain
-from agent.auth import Authenticate, Authenticator, KeyRing
-from agent.checkpoints import TurnSaver
-from agent.database import conninfo, create_pool
 from agent.errors import ServiceError, StorageUnavailable
-from agent.events import EventStreams
-from agent.graph import create_graph
-from agent.ledger import Channel, Database, Ledger, reason
+from agent.http_client import create_client
+from agent.llm.graph import create_graph
 from agent.metrics import Metrics
-from agent.middleware import Observe, error_response
-from agent.rate_limit import RateLimiter, create_redis
 from agent.readiness import PROBE_SECONDS, Readiness, model_probe, postgres_probe, redis_probe
 from agent.retention import RetentionMetrics
-from agent.runs import Engine
+from agent.runs.checkpoints import ThreadSaver
+from agent.runs.engine import Engine
+from agent.runs.events import EventStreams
+from agent.runs.ledger import Channel, Ledger
+from agent.runs.threads import Threads
+from agent.services import Services, services
 from agent.settings import Settings, SettingsError
-from agent.threads import Threads
+from agent.storage.postgres import Database, conninfo, create_pool, reason
+from agent.storage.redis import create_redis
 from agent.tools import create_tools, serve_tools
 from agent.tools.toolbox import Toolbox
 from agent.tracing import Tracing
@@ -62,19 +64,18 @@ def create_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            await _start(app, settings, tools, metrics, stack)
+            started = app.state.services = await _start(settings, tools, metrics, stack)
             # What is there by now stays: looking through it for garbage again and again took a tenth of every turn.
             gc.collect()
             gc.freeze()
             gc.set_threshold(*GC_THRESHOLD)
-            extra = {"worker": app.state.engine.worker, "pid": os.getpid(), "tools": app.state.tools.names}
+            extra = {"worker": started.engine.worker, "pid": os.getpid(), "tools": started.tools.names}
             logger.info("started", extra={"model": settings.model_name, **extra})
             yield
 
     app = FastAPI(title="agent", lifespan=lifespan, redirect_slashes=False, docs_url=None, redoc_url=None)
-    app.state.settings = settings
     # The last one added is the outermost.
-    app.add_middleware(Authenticate, refuse=_service_error)
+    app.add_middleware(Authenticate, authenticator=lambda: app.state.services.authenticator, refuse=_service_error)
     app.add_middleware(Observe, metrics=metrics, proxy_secret=settings.proxy_secret)
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(HTTPException, _http_error)
@@ -93,23 +94,23 @@ def create_app(settings: Settings) -> FastAPI:
         return JSONResponse({"status": "ok"})
 
     @app.get("/ready", responses={503: {}})
-    async def ready() -> Response:
+    async def ready(request: Request) -> Response:
         """Whether a turn could succeed now."""
-        failing = await app.state.readiness.failing()
+        failing = await services(request).readiness.failing()
         if not failing:
             return JSONResponse({"status": "ready"})
         error = {"code": "not_ready", "message": f"Not ready: {', '.join(failing)}.", "not_ready": failing}
         return JSONResponse({"error": error}, 503, {"Retry-After": "5"})
 
     @app.get("/metrics", response_class=PlainTextResponse)
-    async def prometheus() -> Response:
-        app.state.retention.refresh()
+    async def prometheus(request: Request) -> Response:
+        services(request).retention.refresh()
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     return app
 
 
-async def _start(app: FastAPI, settings: Settings, tools: Toolbox, metrics: Metrics, stack: AsyncExitStack) -> None:
+async def _start(settings: Settings, tools: Toolbox, metrics: Metrics, stack: AsyncExitStack) -> Services:
     pool = create_pool(settings)
     stack.push_async_callback(pool.close)
     await pool.open()
@@ -118,30 +119,27 @@ async def _start(app: FastAPI, settings: Settings, tools: Toolbox, metrics: Metr
     await unchecked.open()
     redis = create_redis(settings)
     stack.push_async_callback(redis.aclose)
-    client = await stack.enter_async_context(httpx.AsyncClient(timeout=PROBE_SECONDS, trust_env=False))
+    client = await stack.enter_async_context(create_client(timeout=PROBE_SECONDS))
     tracing = Tracing(settings.otlp_endpoint)
     stack.callback(tracing.close)
 
-    app.state.tools = tools
     await stack.enter_async_context(serve_tools(settings, tools, metrics.registry))
     database = Database(unchecked)
     ledger = Ledger(database, str(uuid4()))
-    saver = TurnSaver(pool, database)
-    app.state.store = AsyncPostgresStore(cast(Any, pool))
-    app.state.graph = create_graph(settings, tools, saver, app.state.store, tracing=tracing)
-    app.state.limiter = RateLimiter(redis, settings, metrics)
-    stack.push_async_callback(app.state.limiter.close)
+    saver = ThreadSaver(pool, database)
+    store = AsyncPostgresStore(cast(Any, pool))
+    graph = create_graph(settings, tools, saver, store, tracing=tracing)
+    limiter = RateLimiter(redis, settings, metrics)
+    stack.push_async_callback(limiter.close)
     keys = KeyRing(pool)
     stack.push_async_callback(keys.close)
-    app.state.authenticator = Authenticator(keys, settings.proxy_secret)
-    app.state.retention = RetentionMetrics(pool)
-    app.state.retention.refresh()
-    stack.push_async_callback(app.state.retention.close)
-    metrics.add(app.state.retention)
-    app.state.threads = Threads(database, ledger, app.state.limiter.finish)
-    app.state.engine = Engine(
+    retention = RetentionMetrics(pool)
+    retention.refresh()
+    stack.push_async_callback(retention.close)
+    metrics.add(retention)
+    engine = Engine(
         settings,
-        app.state.graph,
+        graph,
         saver,
         ledger,
         EventStreams(settings),
@@ -149,13 +147,24 @@ async def _start(app: FastAPI, settings: Settings, tools: Toolbox, metrics: Metr
         lambda: tools.names,
         metrics,
         tracing,
-        app.state.limiter.finish,
+        limiter.finish,
     )
-    app.state.readiness = Readiness(
-        {"postgres": postgres_probe(pool), "redis": redis_probe(redis), "model": model_probe(settings, client)}, metrics
+    readiness = Readiness({"postgres": postgres_probe(pool), "redis": redis_probe(redis), "model": model_probe(settings, client)}, metrics)
+    await engine.start()
+    stack.push_async_callback(engine.close)
+    return Services(
+        settings=settings,
+        tools=tools,
+        graph=graph,
+        store=store,
+        authenticator=Authenticator(keys, settings.proxy_secret),
+        limiter=limiter,
+        threads=Threads(database, ledger, limiter.finish),
+        engine=engine,
+        followers=engine.followers,
+        readiness=readiness,
+        retention=retention,
     )
-    await app.state.engine.start()
-    stack.push_async_callback(app.state.engine.close)
 
 
 async def _service_error(request: Request, error: Any) -> Response:

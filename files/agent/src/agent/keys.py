@@ -16,9 +16,9 @@ import psycopg
 from psycopg.rows import dict_row
 from psycopg.sql import SQL, Identifier
 
-from agent.auth import KEY, KEY_NAME, KEY_PREFIX, key_hash
-from agent.database import conninfo
+from agent.access.auth import KEY, KEY_NAME, KEY_PREFIX, key_hash
 from agent.settings import PostgresSettings, SettingsError
+from agent.storage.postgres import conninfo
 
 # Each limit's largest value, as the table has it.
 LIMITS = {"requests_per_minute": 100_000, "tokens_per_minute": 100_000_000, "concurrent_runs": 10_000}
@@ -40,9 +40,9 @@ def create(connection: Connection, name: str, limits: dict[str, int | None], key
     made = new_key(name) if key is None else key
     columns = ["name", "hash", *limits]
     inserted = connection.execute(
-        SQL(
-            "INSERT INTO api_keys ({}) VALUES ({}) ON CONFLICT (name) WHERE revoked_at IS NULL DO NOTHING RETURNING id"
-        ).format(SQL(", ").join(map(Identifier, columns)), SQL(", ").join([SQL("%s")] * len(columns))),
+        SQL("INSERT INTO api_keys ({}) VALUES ({}) ON CONFLICT (name) WHERE revoked_at IS NULL DO NOTHING RETURNING id").format(
+            SQL(", ").join(map(Identifier, columns)), SQL(", ").join([SQL("%s")] * len(columns))
+        ),
         [name, key_hash(made), *limits.values()],
     ).fetchone()
     if inserted:
@@ -50,9 +50,7 @@ def create(connection: Connection, name: str, limits: dict[str, int | None], key
     changed = 0
     for column, value in limits.items():
         changed += connection.execute(
-            SQL(
-                "UPDATE api_keys SET {0} = %s WHERE name = %s AND revoked_at IS NULL AND {0} IS DISTINCT FROM %s"
-            ).format(Identifier(column)),
+            SQL("UPDATE api_keys SET {0} = %s WHERE name = %s AND revoked_at IS NULL AND {0} IS DISTINCT FROM %s").format(Identifier(column)),
             [value, name, value],
         ).rowcount
     return {"name": name, "changed": changed > 0}
@@ -74,9 +72,7 @@ def revoke(connection: Connection, name: str) -> dict[str, Any]:
 
 def _name(text: str) -> str:
     if not KEY_NAME.fullmatch(text):
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: allowed are 1 to 32 of the characters a-z 0-9 -, the first one no hyphen"
-        )
+        raise argparse.ArgumentTypeError(f"{text!r}: allowed are 1 to 32 of the characters a-z 0-9 -, the first one no hyphen")
     return text
 
 
@@ -101,18 +97,14 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         flag = f"--{limit.replace('_', '-')}"
         making.add_argument(flag, dest=limit, type=_limit(most), default=NOT_GIVEN, metavar="N", help=f"0 to {most}")
     commands.add_parser("list", help="show all, revoked ones included")
-    commands.add_parser("revoke", help="let nobody in with it any more").add_argument(
-        "name", metavar="NAME", type=_name
-    )
+    commands.add_parser("revoke", help="let nobody in with it any more").add_argument("name", metavar="NAME", type=_name)
     return parser.parse_args(arguments)
 
 
 def _read_key(name: str) -> str:
     key = sys.stdin.read(200).removesuffix("\n")
     if not KEY.fullmatch(key) or not key.startswith(f"{KEY_PREFIX}_{name}_"):
-        raise KeyRefused(
-            f"the key on standard input is not {KEY_PREFIX}_{name}_ and 43 of the characters A-Z a-z 0-9 _ -"
-        )
+        raise KeyRefused(f"the key on standard input is not {KEY_PREFIX}_{name}_ and 43 of the characters A-Z a-z 0-9 _ -")
     return key
 
 

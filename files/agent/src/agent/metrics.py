@@ -38,22 +38,12 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
-        self.requests = Counter(
-            "agent_http_requests", "HTTP requests answered", ("method", "route", "status"), registry=registry
-        )
-        self.request_seconds = Histogram(
-            "agent_http_request_duration_seconds", "Time to answer a request", ("route",), registry=registry
-        )
+        self.requests = Counter("agent_http_requests", "HTTP requests answered", ("method", "route", "status"), registry=registry)
+        self.request_seconds = Histogram("agent_http_request_duration_seconds", "Time to answer a request", ("route",), registry=registry)
         self.turns = Counter("agent_turns", "Turns by how they ended", ("outcome",), registry=registry)
-        self.turn_seconds = Histogram(
-            "agent_turn_duration_seconds", "Time of a turn, waiting included", buckets=TURN_SECONDS, registry=registry
-        )
-        self.turns_running = Gauge(
-            "agent_turns_running", "Turns being worked on", **gauge("livesum"), registry=registry
-        )
-        self.first_token_seconds = Histogram(
-            "agent_first_token_seconds", "Time from the start of a streamed turn to its first token", registry=registry
-        )
+        self.turn_seconds = Histogram("agent_turn_duration_seconds", "Time of a turn, waiting included", buckets=TURN_SECONDS, registry=registry)
+        self.turns_running = Gauge("agent_turns_running", "Turns being worked on", **gauge("livesum"), registry=registry)
+        self.first_token_seconds = Histogram("agent_first_token_seconds", "Time from the start of a streamed turn to its first token", registry=registry)
         self.save_seconds = Histogram(
             "agent_checkpoint_save_seconds",
             "Time to store what a turn has so far",
@@ -67,16 +57,10 @@ class Metrics:
             **gauge("mostrecent"),
             registry=registry,
         )
-        self.runs_taken_over = Counter(
-            "agent_runs_taken_over", "Runs whose worker died and that another one went on with", registry=registry
-        )
-        self.threads_healed = Counter(
-            "agent_threads_healed", "Threads in which an interrupted turn was erased", registry=registry
-        )
+        self.runs_taken_over = Counter("agent_runs_taken_over", "Runs whose worker died and that another one went on with", registry=registry)
+        self.threads_healed = Counter("agent_threads_healed", "Threads in which an interrupted turn was erased", registry=registry)
         self.tool_calls = Counter("agent_tool_calls", "Tool calls by result", ("tool", "status"), registry=registry)
-        self.model_tokens = Counter(
-            "agent_model_tokens", "Tokens of finished turns, as the model counts them", ("kind",), registry=registry
-        )
+        self.model_tokens = Counter("agent_model_tokens", "Tokens of finished turns, as the model counts them", ("kind",), registry=registry)
         self.rate_limited = Counter("agent_rate_limited", "Requests refused by the rate limit", registry=registry)
         self.rate_limit_local = Gauge(
             "agent_rate_limit_local",

@@ -16,8 +16,9 @@ from langgraph.checkpoint.postgres.aio import AsyncPostgresSaver
 from langgraph.store.postgres.aio import AsyncPostgresStore
 from psycopg.rows import DictRow
 
-from agent.database import SAVER_CONNECTION, conninfo
+from agent.runs._langgraph import MIGRATIONS
 from agent.settings import PostgresSettings, SettingsError
+from agent.storage.postgres import SAVER_CONNECTION, conninfo
 
 WAIT_SECONDS = 60
 LOCK = 0x6167656E74  # "agent"
@@ -36,13 +37,9 @@ async def missing(connection: psycopg.AsyncConnection[DictRow]) -> list[str]:
         " (SELECT count(*) FROM checkpoint_migrations) AS saver, (SELECT count(*) FROM store_migrations) AS store"
     )
     row = await cursor.fetchone()
-    assert row is not None  # noqa: S101  a query without FROM has one row
+    assert row is not None  # a query without FROM has one row
     absent = sorted(migrations().keys() - set(row["own"] or ()))
-    if row["saver"] < len(AsyncPostgresSaver.MIGRATIONS):
-        absent.append("saver")
-    if row["store"] < len(AsyncPostgresStore.MIGRATIONS):
-        absent.append("store")
-    return absent
+    return absent + [name for name, count in MIGRATIONS.items() if row[name] < count]
 
 
 async def migrate(settings: PostgresSettings) -> int:
@@ -64,9 +61,7 @@ async def migrate(settings: PostgresSettings) -> int:
 
 
 async def _apply_own(connection: psycopg.AsyncConnection[DictRow]) -> int:
-    await connection.execute(
-        "CREATE TABLE IF NOT EXISTS agent_migrations (name text PRIMARY KEY, applied timestamptz DEFAULT now())"
-    )
+    await connection.execute("CREATE TABLE IF NOT EXISTS agent_migrations (name text PRIMARY KEY, applied timestamptz DEFAULT now())")
     present = {row["name"] async for row in await connection.execute("SELECT name FROM agent_migrations")}
     wanted = {name: text for name, text in migrations().items() if name not in present}
     for name, text in wanted.items():

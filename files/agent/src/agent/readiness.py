@@ -9,10 +9,10 @@ from collections.abc import Awaitable, Callable, Mapping
 import httpx
 from redis.asyncio import Redis
 
-from agent.database import Pool
 from agent.metrics import Metrics
 from agent.migrate import missing
 from agent.settings import Settings
+from agent.storage.postgres import Pool
 
 logger = logging.getLogger(__name__)
 

@@ -22,14 +22,13 @@ from datetime import UTC, datetime
 from typing import Any, LiteralString
 
 import psycopg
-from langgraph.checkpoint.postgres.base import PRUNE_DELTA_THREADS_SQL
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from psycopg.rows import dict_row
-from pydantic import Field
 
-from agent.database import Pool, conninfo
-from agent.settings import PostgresSettings, SettingsError
+from agent.runs._langgraph import PRUNE_DELTA_THREADS_SQL
+from agent.settings import PostgresSettings, RetentionSettings, SettingsError
+from agent.storage.postgres import Pool, conninfo
 
 LOCK = 0x72657461696E  # "retain"
 BATCH_THREADS = 200
@@ -41,11 +40,6 @@ METRICS_SECONDS = 15
 KINDS = ("threads", "pruned_threads", "runs", "checkpoints", "writes", "blobs")
 
 Connection = psycopg.Connection[dict[str, Any]]
-
-
-class RetentionSettings(PostgresSettings):
-    retention_days: int = Field(30, ge=0, le=36_500, description="a whole number from 0 (never) to 36500")
-    retention_checkpoints: int = Field(20, ge=0, le=100_000, description="a whole number from 0 (all) to 100000")
 
 
 START: dict[str, Any] = {"active": datetime(1970, 1, 1, tzinfo=UTC), "thread": ""}
@@ -120,9 +114,7 @@ IDLE: LiteralString = (
     "SELECT thread_id, last_active FROM threads WHERE last_active < now() - make_interval(days => %(days)s)"
     " AND (last_active, thread_id) > (%(active)s, %(thread)s) ORDER BY last_active, thread_id LIMIT %(limit)s"
 )
-BUSY: LiteralString = (
-    "SELECT DISTINCT thread_id FROM runs WHERE thread_id = ANY(%(threads)s) AND status IN ('pending', 'running')"
-)
+BUSY: LiteralString = "SELECT DISTINCT thread_id FROM runs WHERE thread_id = ANY(%(threads)s) AND status IN ('pending', 'running')"
 # An ended run may be taken up again, which its row's lock prevents. One whose row is locked already is being taken up.
 HELD: LiteralString = (
     "WITH ended AS MATERIALIZED (SELECT run_id FROM runs WHERE thread_id = ANY(%(threads)s)"
@@ -137,8 +129,7 @@ ACTIVE: LiteralString = (
     " ORDER BY last_active, thread_id LIMIT %(limit)s"
 )
 OLDEST: LiteralString = (
-    "SELECT checkpoint_id FROM checkpoints WHERE thread_id = %(thread)s AND checkpoint_ns = ''"
-    " ORDER BY checkpoint_id DESC OFFSET %(keep)s - 1 LIMIT 1"
+    "SELECT checkpoint_id FROM checkpoints WHERE thread_id = %(thread)s AND checkpoint_ns = '' ORDER BY checkpoint_id DESC OFFSET %(keep)s - 1 LIMIT 1"
 )
 
 
@@ -218,9 +209,7 @@ class Retention:
 
     def _prune_active(self) -> None:
         # What ends in this minute may be stored with a time that we have passed already.
-        state = self._one(
-            "SELECT pruned_active, pruned_thread, pruned_to, now() - interval '1 minute' AS until FROM retention"
-        )
+        state = self._one("SELECT pruned_active, pruned_thread, pruned_to, now() - interval '1 minute' AS until FROM retention")
         after: dict[str, Any] = {"active": state["pruned_active"], "thread": state["pruned_thread"]}
         if not 0 < state["pruned_to"] <= self._keep:
             after = START  # fewer than the last time are to stay, in all threads
@@ -267,8 +256,7 @@ class Retention:
                 gone[statement.kind] += statement.run(self._connection, parameters, dry_run=self._dry_run)
             if not self._dry_run:
                 self._connection.execute(
-                    "UPDATE checkpoints SET parent_checkpoint_id = NULL WHERE thread_id = %(thread)s"
-                    " AND checkpoint_ns = '' AND checkpoint_id = %(oldest)s",
+                    "UPDATE checkpoints SET parent_checkpoint_id = NULL WHERE thread_id = %(thread)s AND checkpoint_ns = '' AND checkpoint_id = %(oldest)s",
                     parameters,
                 )
             gone["pruned_threads"] += 1
@@ -309,7 +297,7 @@ class Retention:
 
     def _one(self, query: LiteralString, parameters: Sequence[Any] = ()) -> dict[str, Any]:
         row = self._connection.execute(query, parameters).fetchone()
-        assert row is not None  # noqa: S101  every such query has one row
+        assert row is not None  # every such query has one row
         return row
 
 
@@ -341,9 +329,7 @@ class RetentionMetrics(Collector):
 
     def collect(self) -> Iterable[Metric]:
         gone = CounterMetricFamily("agent_retention_deleted", "Rows that the retention job deleted", labels=["kind"])
-        finished = GaugeMetricFamily(
-            "agent_retention_finished_timestamp_seconds", "When the retention job last ended well"
-        )
+        finished = GaugeMetricFamily("agent_retention_finished_timestamp_seconds", "When the retention job last ended well")
         seconds = GaugeMetricFamily("agent_retention_duration_seconds", "How long it took")
         if self._row:
             for kind in KINDS:

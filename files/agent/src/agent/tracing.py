@@ -48,9 +48,7 @@ class Tracing:
 class _Span(AbstractContextManager[Any]):
     def __init__(self, tracer: Any, name: str, attributes: Attributes) -> None:
         # The SDK's own record of an exception holds its text and stack.
-        self._context = tracer.start_as_current_span(
-            name, attributes=dict(attributes), record_exception=False, set_status_on_exception=False
-        )
+        self._context = tracer.start_as_current_span(name, attributes=dict(attributes), record_exception=False, set_status_on_exception=False)
 
     def __enter__(self) -> Any:
         self._span = self._context.__enter__()

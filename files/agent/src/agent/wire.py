@@ -96,20 +96,14 @@ class Connection:
         """Connect to a host name or an address; the certificate must be of `server_name`."""
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
-                streams = await asyncio.open_connection(
-                    host, port, ssl=tls, server_hostname=server_name if tls else None
-                )
+                streams = await asyncio.open_connection(host, port, ssl=tls, server_hostname=server_name if tls else None)
         except (OSError, TimeoutError, UnicodeError) as error:
             raise ConnectError(type(error).__name__) from error
         return cls(*streams)
 
     @property
     def usable(self) -> bool:
-        return (
-            time.monotonic() - self.idle_since < IDLE_SECONDS
-            and not self.reader.at_eof()
-            and not self.writer.is_closing()
-        )
+        return time.monotonic() - self.idle_since < IDLE_SECONDS and not self.reader.at_eof() and not self.writer.is_closing()
 
     def close(self) -> None:
         with contextlib.suppress(RuntimeError):  # the event loop may be gone already
@@ -129,9 +123,7 @@ class Answer:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         # A cancelled or unread exchange leaves bytes on the way: such a connection cannot be used again.
         if self._idle is not None and self._parser.reusable and len(self._idle) < MAX_IDLE:
             self._connection.idle_since = time.monotonic()
@@ -202,10 +194,7 @@ class Client:
 
     async def post(self, path: str, body: bytes, *, fresh: bool = False) -> Answer:
         """Send a JSON body. `fresh` asks for a new connection, after a kept one turned out to be dead."""
-        request = (
-            f"POST {self._path}{path} HTTP/1.1\r\n{self._head}Content-Type: application/json\r\n"
-            f"Content-Length: {len(body)}\r\n\r\n"
-        ).encode() + body
+        request = (f"POST {self._path}{path} HTTP/1.1\r\n{self._head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n").encode() + body
         connection = None if fresh else self._kept()
         if connection is None:
             connection = await Connection.open(self._host, self._port, self._tls, self._host)

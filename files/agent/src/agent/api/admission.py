@@ -6,33 +6,32 @@ from typing import Any
 
 from fastapi import Request
 
-from agent.auth import Principal
+from agent.access.auth import Principal
 from agent.errors import ServiceError
-from agent.ledger import bounded
-from agent.runs import Run, RunInput, RunOptions, new_run_id
+from agent.runs.records import Run, RunInput, RunOptions, new_run_id
+from agent.services import services
+from agent.storage.postgres import bounded
 
 # A Postgres that hangs must not hold a client for as long as a turn may take.
 SUBMIT_SECONDS = 8.0
 
 
-async def submit(
-    request: Request, thread_id: str | None, run_input: RunInput, options: RunOptions | None = None, **more: Any
-) -> Run:
+async def submit(request: Request, thread_id: str | None, run_input: RunInput, options: RunOptions | None = None, **more: Any) -> Run:
     """Count a run for the caller and submit it; the rest is as Engine.submit takes it. Raises RateLimited too."""
     principal: Principal = request.state.principal
-    state = request.app.state
+    worker = services(request)
     run_id = new_run_id()
-    await state.limiter.admit(principal, run_id)
+    await worker.limiter.admit(principal, run_id)
     try:
-        run: Run = await bounded(
-            state.engine.submit(principal.name, thread_id, run_input, options, run_id=run_id, **more),
-            min(state.settings.turn_timeout_seconds, SUBMIT_SECONDS),
+        run = await bounded(
+            worker.engine.submit(principal.name, thread_id, run_input, options, run_id=run_id, **more),
+            min(worker.settings.turn_timeout_seconds, SUBMIT_SECONDS),
         )
     except BaseException:
-        await state.limiter.finish(principal.name, run_id)
+        await worker.limiter.finish(principal.name, run_id)
         raise
     if run.run_id != run_id:  # a repetition of one that was counted
-        await state.limiter.finish(principal.name, run_id)
+        await worker.limiter.finish(principal.name, run_id)
     request.state.log = {"thread_id": run.thread_id, "run_id": run.run_id}
     return run
 
@@ -42,6 +41,6 @@ def canceller(request: Request, run: Run) -> Callable[[], Awaitable[None]]:
 
     async def cancel() -> None:
         with suppress(ServiceError):
-            await request.app.state.engine.cancel(run.owner, run.run_id)
+            await services(request).engine.cancel(run.owner, run.run_id)
 
     return cancel

@@ -9,7 +9,7 @@ import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from agent.events import plain
+from agent.runs.events import plain
 
 # How the documents describe a stream: each of its events is one of these.
 EVENTS: dict[int | str, dict[str, Any]] = {
@@ -90,7 +90,7 @@ class Live(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         task = asyncio.current_task()
-        assert task is not None  # noqa: S101  a coroutine runs in a task
+        assert task is not None  # a coroutine runs in a task
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         helpers = [asyncio.create_task(self._watch(receive, task)), asyncio.create_task(self._beat(send))]
         try:
@@ -174,6 +174,4 @@ def late_json(
     on_disconnect: Callable[[], Awaitable[None]] | None = None,
 ) -> Live:
     """JSON that may be long in coming: blank lines before it keep the connection open and mean nothing."""
-    return Live(
-        pieces, media_type="application/json", heartbeat=b"\n", headers=headers or {}, on_disconnect=on_disconnect
-    )
+    return Live(pieces, media_type="application/json", heartbeat=b"\n", headers=headers or {}, on_disconnect=on_disconnect)

@@ -18,6 +18,7 @@ from agent.api.schemas import (
     GraphSchemas,
 )
 from agent.errors import NotFound
+from agent.services import services
 
 router = APIRouter(prefix="/assistants", tags=["assistants"], route_class=JsonRoute)
 
@@ -46,11 +47,7 @@ def describe() -> dict[str, Any]:
 
 
 def fits(asked: AssistantSearch | AssistantCount) -> bool:
-    return (
-        asked.graph_id in (None, GRAPH_ID)
-        and asked.name in (None, GRAPH_ID)
-        and (asked.metadata or {}).items() <= ASSISTANT_METADATA.items()
-    )
+    return asked.graph_id in (None, GRAPH_ID) and asked.name in (None, GRAPH_ID) and (asked.metadata or {}).items() <= ASSISTANT_METADATA.items()
 
 
 @router.post("/search", response_model=list[Assistant])
@@ -74,13 +71,13 @@ async def get_assistant(assistant_id: AssistantPath) -> Json:
 async def get_graph(request: Request, assistant_id: AssistantPath, xray: bool = False) -> Json:
     """The agent has no subgraphs, so `xray` shows no more."""
     check_assistant(assistant_id)
-    return Json((await request.app.state.graph.aget_graph(xray=xray)).to_json())
+    return Json((await services(request).graph.aget_graph(xray=xray)).to_json())
 
 
 @router.get("/{assistant_id}/schemas", response_model=GraphSchemas, responses={404: {}})
 async def get_schemas(request: Request, assistant_id: AssistantPath) -> Json:
     check_assistant(assistant_id)
-    graph = request.app.state.graph
+    graph = services(request).graph
     return Json(
         {
             "graph_id": GRAPH_ID,

@@ -13,8 +13,10 @@ from agent.api.answers import EVENTS, Json, event_stream, sse
 from agent.api.requests import owner, parse, read_body
 from agent.api.schemas import NOT_BLANK
 from agent.errors import InvalidJson, InvalidRequest, NotFound, UnsupportedMediaType
-from agent.events import ATTEMPT
-from agent.runs import Engine, Run, RunOptions, failure_of
+from agent.runs.events import ATTEMPT
+from agent.runs.followers import Followers
+from agent.runs.records import Run, RunOptions, failure_of
+from agent.services import services
 
 router = APIRouter(tags=["chat"])
 
@@ -30,10 +32,7 @@ class ChatRequest(BaseModel):
 
     message: Annotated[str, Field(description="Not blank.", json_schema_extra={"pattern": NOT_BLANK})]
     thread_id: Annotated[str, Field(pattern=THREAD_ID)] | None = None
-    turn_id: (
-        Annotated[str, Field(pattern=TURN_ID, description="A second request with the same one adds no second turn.")]
-        | None
-    ) = None
+    turn_id: Annotated[str, Field(pattern=TURN_ID, description="A second request with the same one adds no second turn.")] | None = None
 
 
 class ChatAnswer(BaseModel):
@@ -54,8 +53,8 @@ async def chat(request: Request) -> Response:
     asked = await _read(request)
     run = await _submit(request, asked, RunOptions(waited=True, history="turn"))
     if not run.final:
-        settings = request.app.state.settings
-        run = await _engine(request).wait(owner(request), run.run_id, settings.turn_timeout_seconds + GRACE_SECONDS)
+        settings = services(request).settings
+        run = await services(request).followers.wait(owner(request), run.run_id, settings.turn_timeout_seconds + GRACE_SECONDS)
     if run.status != "success":
         raise failure_of(run)
     result = run.result or {}
@@ -75,7 +74,7 @@ async def chat_stream(request: Request) -> Response:
     """
     asked = await _read(request)
     run = await _submit(request, asked, RunOptions(stream=("tokens", "tools"), resumable=True, history="turn"))
-    return event_stream(_tell(_engine(request), owner(request), run, 0))
+    return event_stream(_events(services(request).followers, owner(request), run, 0))
 
 
 @router.get("/chat/stream/{run_id}", response_class=Response, responses=EVENTS | {404: {}})
@@ -86,16 +85,16 @@ async def resume_chat_stream(request: Request, run_id: str) -> Response:
         raise InvalidRequest("Last-Event-ID: must be a number.")
     if not re.fullmatch(RUN_ID, run_id):
         raise NotFound
-    run = await _engine(request).get(owner(request), run_id)
+    run = await services(request).followers.get(owner(request), run_id)
     request.state.log = {"thread_id": run.thread_id, "run_id": run.run_id}
-    return event_stream(_tell(_engine(request), owner(request), run, int(last)))
+    return event_stream(_events(services(request).followers, owner(request), run, int(last)))
 
 
-async def _tell(engine: Engine, caller: str, run: Run, after: int) -> AsyncGenerator[bytes]:
+async def _events(followers: Followers, caller: str, run: Run, after: int) -> AsyncGenerator[bytes]:
     failed = False
     if after < ATTEMPT:
         yield sse("run", {"run_id": run.run_id, "thread_id": run.thread_id})
-    async with aclosing(engine.events(caller, run.run_id, after)) as events:
+    async with aclosing(followers.events(caller, run.run_id, after)) as events:
         async for event in events:
             match event.event:
                 case "token" | "tool" | "status" | "usage":
@@ -119,11 +118,6 @@ async def _submit(request: Request, asked: ChatRequest, options: RunOptions) -> 
     )
 
 
-def _engine(request: Request) -> Engine:
-    engine: Engine = request.app.state.engine
-    return engine
-
-
 async def _read(request: Request) -> ChatRequest:
     if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
         raise UnsupportedMediaType
@@ -134,7 +128,7 @@ async def _read(request: Request) -> ChatRequest:
         asked = ChatRequest.model_validate(values)
     except ValidationError as error:
         raise _explain(error) from None
-    most = request.app.state.settings.max_message_chars
+    most = services(request).settings.max_message_chars
     if not re.search(NOT_BLANK, asked.message) or len(asked.message) > most:
         raise InvalidRequest(f"message: must be a text of 1 to {most} characters, not blank, without NUL.")
     return asked

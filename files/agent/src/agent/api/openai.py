@@ -20,8 +20,10 @@ from agent.api.requests import JsonRoute, TurnId
 from agent.api.schemas import THREAD_ID, WHOLE, Body, Text, TextBlock
 from agent.api.threads import text_of
 from agent.errors import ConversationTooLong, InvalidRequest, NotFound, NotSupported, ServiceError
-from agent.events import Event
-from agent.runs import Engine, Run, RunOptions
+from agent.runs.events import Event
+from agent.runs.followers import Followers
+from agent.runs.records import Run, RunOptions
+from agent.services import services
 
 PREFIX = "/openai/v1"
 MODEL = "agent"
@@ -179,27 +181,24 @@ async def get_model(model: ModelPath) -> Json:
         **{status: {} for status in (404, 409, 429, 502, 504)},
     },
 )
-async def complete(
-    request: Request, asked: Completion, thread_id: ThreadHeader = None, turn_id: TurnId = None
-) -> Response:
+async def complete(request: Request, asked: Completion, thread_id: ThreadHeader = None, turn_id: TurnId = None) -> Response:
     """Ask the agent. With X-Thread-Id only the last question is sent, to that thread, which remembers the rest."""
     _check_model(asked.model)
-    given = _messages(asked, request.app.state.settings.max_message_chars)
+    given = _messages(asked, services(request).settings.max_message_chars)
     options = RunOptions(
         stream=("messages",) if asked.stream else ("updates",),
         waited=True,
         on_completion="keep" if thread_id else "delete",
-        model=_parameters(asked, request.app.state.settings.max_tokens),
+        model=_parameters(asked, services(request).settings.max_tokens),
         metadata={**(asked.metadata or {}), **({"user": asked.user} if asked.user else {})},
     )
     run = await submit(request, thread_id, {"messages": given[-1:] if thread_id else given}, options, turn_id=turn_id)
-    engine: Engine = request.app.state.engine
-    turn = Turn(engine, run)
+    answering = Answering(services(request).followers, run)
     gone = canceller(request, run) if run.created and not thread_id else None
     if asked.stream:
         with_usage = asked.stream_options is not None and asked.stream_options.include_usage
-        return event_stream(turn.chunks(with_usage=with_usage), on_disconnect=gone)
-    return Attended(turn.answer, gone)
+        return event_stream(answering.chunks(with_usage=with_usage), on_disconnect=gone)
+    return Attended(answering.answer, gone)
 
 
 def _model() -> dict[str, Any]:
@@ -233,18 +232,16 @@ def _messages(asked: Completion, longest: int) -> list[dict[str, Any]]:
 
 def _parameters(asked: Completion, most_tokens: int) -> dict[str, Any]:
     """What the model is to be told, in its own words."""
-    named = asked.model_dump(
-        include={"temperature", "top_p", "frequency_penalty", "presence_penalty", "seed", "stop"}, exclude_none=True
-    )
+    named = asked.model_dump(include={"temperature", "top_p", "frequency_penalty", "presence_penalty", "seed", "stop"}, exclude_none=True)
     limits = [limit for limit in (asked.max_completion_tokens, asked.max_tokens) if limit]
     return named | ({"max_completion_tokens": min(*limits, most_tokens)} if limits else {})
 
 
-class Turn:
+class Answering:
     """The run of a completion, told in OpenAI's words."""
 
-    def __init__(self, engine: Engine, run: Run) -> None:
-        self._engine = engine
+    def __init__(self, followers: Followers, run: Run) -> None:
+        self._followers = followers
         self._run = run
         self._head = {"id": f"chatcmpl-{run.run_id}", "created": int(run.created_at.timestamp()), "model": MODEL}
         self._speaking: str | None = None
@@ -284,7 +281,7 @@ class Turn:
     async def _text(self) -> AsyncGenerator[str]:
         """All that the agent says, a blank line between what it says before and after it uses a tool."""
         spoke = False
-        async with aclosing(self._engine.events(self._run.owner, self._run.run_id)) as events:
+        async with aclosing(self._followers.events(self._run.owner, self._run.run_id)) as events:
             async for event in events:
                 for piece in self._pieces(event):
                     spoke = True
@@ -340,9 +337,7 @@ def openai_error(error: ServiceError) -> Json:
 def _describe(error: ServiceError) -> dict[str, Any]:
     kind = "server_error" if error.status >= 500 else TYPES.get(error.status, "invalid_request_error")
     param = error.param if isinstance(error, NotSupported) else None
-    return {
-        "error": {"message": error.message, "type": kind, "param": param, "code": CODES.get(error.code, error.code)}
-    }
+    return {"error": {"message": error.message, "type": kind, "param": param, "code": CODES.get(error.code, error.code)}}
 
 
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}

@@ -1,6 +1,7 @@
 """The OpenAPI document: FastAPI's, plus what is true of every route and FastAPI cannot know."""
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 from fastapi import FastAPI
@@ -8,11 +9,11 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 from starlette.routing import compile_path
 
+from agent.access.auth import OPEN_PATHS
 from agent.api.langgraph import API_VERSION
 from agent.api.openai import PREFIX as OPENAI
 from agent.api.openai import OpenAIError
 from agent.api.schemas import Error
-from agent.auth import OPEN_PATHS
 
 REFERENCE = "#/components/schemas/{model}"
 DESCRIPTION = (
@@ -46,9 +47,7 @@ ALWAYS = (401, 500, 503)
 def describe(app: FastAPI) -> dict[str, Any]:
     """The document, made once."""
     if app.openapi_schema is None:
-        app.openapi_schema = _complete(
-            get_openapi(title="agent", version=API_VERSION, description=DESCRIPTION, routes=app.routes)
-        )
+        app.openapi_schema = _complete(get_openapi(title="agent", version=API_VERSION, description=DESCRIPTION, routes=app.routes))
     return app.openapi_schema
 
 
@@ -90,9 +89,7 @@ def _tell_failures(path: str, operation: dict[str, Any]) -> None:
         content = {"application/json": {"schema": {"$ref": REFERENCE.format(model=schema)}}}
         responses[str(status)] = {"description": SAYS[status], "content": content}
         if status in (429, 503):
-            responses[str(status)]["headers"] = {
-                "Retry-After": {"required": True, "schema": {"type": "integer", "minimum": 1}}
-            }
+            responses[str(status)]["headers"] = {"Retry-After": {"required": True, "schema": {"type": "integer", "minimum": 1}}}
 
 
 def allowed(app: FastAPI, path: str) -> list[str]:
@@ -104,12 +101,10 @@ def allowed(app: FastAPI, path: str) -> list[str]:
     return []
 
 
+@lru_cache(maxsize=8)  # by identity: one application a process, and several in tests
 def names(app: FastAPI) -> frozenset[str]:
     """Every name that the document has for a field or parameter: those may be repeated to a client."""
-    if not hasattr(app.state, "names"):
-        app.state.names = frozenset(_names(describe(app)))
-    found: frozenset[str] = app.state.names
-    return found
+    return frozenset(_names(describe(app)))
 
 
 def _names(value: Any) -> Iterator[str]:

@@ -57,22 +57,21 @@ class Asset:
         return Response(self.zipped if zipped else self.body, headers=headers, media_type=self.media_type)
 
 
-def load() -> tuple[Asset, dict[str, Asset]]:
-    """The page, and its other files under names that change with their content."""
+def load() -> tuple[Asset, str, dict[str, Asset]]:
+    """The page, a name for the present content of its other files, and those files.
+
+    The name is one for all, as a folder: so the modules import each other by their plain names.
+    """
     files = {file.name: file.read_bytes() for file in (resources.files("agent") / "page").iterdir()}
     page = files.pop("index.html").decode()
-    assets = {}
-    for name, body in files.items():
-        stem, _, suffix = name.rpartition(".")
-        asset = Asset.of(body, suffix, KEEP)
-        hashed = f"{stem}.{asset.digest}.{suffix}"
-        assets[hashed] = asset
-        page = page.replace(f"/assets/{name}", f"/assets/{hashed}")
-    return Asset.of(page.encode(), "html", ASK_EACH_TIME), assets
+    assets = {name: Asset.of(body, name.rpartition(".")[2], KEEP) for name, body in sorted(files.items())}
+    version = hashlib.sha256("".join(f"{name} {each.digest}\n" for name, each in assets.items()).encode())
+    folder = version.hexdigest()[:16]
+    return Asset.of(page.replace("/assets/", f"/assets/{folder}/").encode(), "html", ASK_EACH_TIME), folder, assets
 
 
 router = APIRouter(tags=["page"])
-PAGE, ASSETS = load()
+PAGE, FOLDER, ASSETS = load()
 
 
 @router.get("/", response_class=Response, responses={200: {"content": {"text/html": {}}}})
@@ -81,8 +80,8 @@ async def chat_page(request: Request) -> Response:
     return PAGE.answer(request)
 
 
-@router.get("/assets/{name}", response_class=Response, include_in_schema=False)
-async def asset(request: Request, name: str) -> Response:
-    if name not in ASSETS:
+@router.get("/assets/{folder}/{name}", response_class=Response, include_in_schema=False)
+async def asset(request: Request, folder: str, name: str) -> Response:
+    if folder != FOLDER or name not in ASSETS:
         raise NotFound
     return ASSETS[name].answer(request)

@@ -34,8 +34,9 @@ from agent.api.schemas import (
 )
 from agent.api.threads import check_checkpoint, config_of, text_of
 from agent.errors import InvalidRequest, MessageExists, NotFound, NothingWaits, ServiceError, StorageUnavailable
-from agent.runs import Engine, RunInput, RunOptions, describe_failure
-from agent.runs import Run as StoredRun
+from agent.runs.records import Run as StoredRun
+from agent.runs.records import RunInput, RunOptions, describe_failure
+from agent.services import services
 from agent.tools.approval import check_answer
 
 router = APIRouter(tags=["runs"], route_class=JsonRoute)
@@ -44,13 +45,9 @@ ALL_MODES: tuple[StreamMode, ...] = ("values", "updates", "messages-tuple", "cus
 # Above what any service allows. A client may write a number that no column holds.
 MAX_STEPS = 10_000
 NEW: dict[int | str, dict[str, Any]] = {404: {}, 409: {}, 429: {}}
-STATE: dict[int | str, dict[str, Any]] = {
-    200: {"description": "The thread's values, or `__error__` with what went wrong."}
-}
+STATE: dict[int | str, dict[str, Any]] = {200: {"description": "The thread's values, or `__error__` with what went wrong."}}
 
-LastEventId = Annotated[
-    str, Header(alias="Last-Event-ID", pattern=r"^(-?[0-9]{1,18})?$", description="Only what came after this one.")
-]
+LastEventId = Annotated[str, Header(alias="Last-Event-ID", pattern=r"^(-?[0-9]{1,18})?$", description="Only what came after this one.")]
 
 
 # Runs on a thread
@@ -88,7 +85,7 @@ async def list_runs(
     select: Annotated[list[RunField] | None, Query()] = None,
 ) -> Json:
     """Newest first."""
-    runs = await _engine(request).list(owner(request), thread_id, limit, offset, status)
+    runs = await services(request).engine.list(owner(request), thread_id, limit, offset, status)
     return Json([pick(describe_run(run), select) for run in runs])
 
 
@@ -101,7 +98,7 @@ async def get_run(request: Request, thread_id: ThreadPath, run_id: RunPath) -> J
 async def delete_run(request: Request, thread_id: ThreadPath, run_id: RunPath) -> Response:
     """Forget a run that has ended. What was said stays in the thread."""
     await _find(request, thread_id, run_id)
-    await _engine(request).delete(owner(request), str(run_id))
+    await services(request).engine.delete(owner(request), str(run_id))
     return Response(status_code=204)
 
 
@@ -122,19 +119,15 @@ async def join_run_stream(
 ) -> Live:
     """Tell what happened since Last-Event-ID, as far as it is kept, and what happens, in the modes the run has."""
     run = await _find(request, thread_id, run_id)
-    modes = tuple(mode for mode in stream_mode or () if mode) or tuple(
-        mode for mode in ALL_MODES if streams.SOURCES[mode] in run.options.stream
-    )
+    modes = tuple(mode for mode in stream_mode or () if mode) or tuple(mode for mode in ALL_MODES if streams.SOURCES[mode] in run.options.stream)
     return _stream(request, run, modes, max(0, int(last_event_id or 0)), cancel=cancel_on_disconnect)
 
 
 @router.post("/threads/{thread_id}/runs/{run_id:uuid}/cancel", status_code=204, responses={404: {}})
-async def cancel_run(
-    request: Request, thread_id: ThreadPath, run_id: RunPath, wait: bool = False, action: CancelAction = "interrupt"
-) -> Response:
+async def cancel_run(request: Request, thread_id: ThreadPath, run_id: RunPath, wait: bool = False, action: CancelAction = "interrupt") -> Response:
     """Stop a run. `rollback` also deletes it, and what it put into the thread."""
     await _find(request, thread_id, run_id)
-    await _engine(request).cancel(owner(request), str(run_id), wait=wait, rollback=action == "rollback")
+    await services(request).engine.cancel(owner(request), str(run_id), wait=wait, rollback=action == "rollback")
     return Response(status_code=204)
 
 
@@ -144,7 +137,7 @@ async def cancel_runs(request: Request, asked: RunsCancel, action: CancelAction 
     for run_id in asked.run_ids:
         await _find(request, asked.thread_id, run_id)
     for run_id in asked.run_ids:
-        await _engine(request).cancel(owner(request), run_id, rollback=action == "rollback")
+        await services(request).engine.cancel(owner(request), run_id, rollback=action == "rollback")
     return Response(status_code=204)
 
 
@@ -173,13 +166,8 @@ async def stream_stateless_run(request: Request, asked: StatelessRunCreate, turn
 # How it is done
 
 
-def _engine(request: Request) -> Engine:
-    engine: Engine = request.app.state.engine
-    return engine
-
-
 async def _find(request: Request, thread_id: str, run_id: UUID | str) -> StoredRun:
-    run = await _engine(request).get(owner(request), str(run_id))
+    run = await services(request).followers.get(owner(request), str(run_id))
     if run.thread_id != thread_id:
         raise NotFound("There is no such run.")
     request.state.log = {"thread_id": run.thread_id, "run_id": run.run_id}
@@ -267,12 +255,12 @@ async def _check_state(request: Request, thread_id: str, run_input: RunInput, ch
     if not (resumes or ids or checkpoint_id):
         return
     try:
-        await request.app.state.threads.get(owner(request), thread_id)
+        await services(request).threads.get(owner(request), thread_id)
     except NotFound:
         if resumes or checkpoint_id:
             raise
         return
-    state = await request.app.state.graph.aget_state(config_of(thread_id, checkpoint_id))
+    state = await services(request).graph.aget_state(config_of(thread_id, checkpoint_id))
     if checkpoint_id and state.created_at is None:
         raise NotFound("There is no such checkpoint.")
     if resumes and not state.interrupts:
@@ -290,7 +278,7 @@ def _is_approval(question: Any) -> bool:
 
 def messages(request: Request, given: UserMessages) -> list[dict[str, Any]]:
     """The messages as the engine takes them. Raises InvalidRequest where one is too long."""
-    longest: int = request.app.state.settings.max_message_chars
+    longest: int = services(request).settings.max_message_chars
     listed = [_message(message) for message in (given if isinstance(given, list) else [given])]
     if any(len(message["content"]) > longest for message in listed):
         raise InvalidRequest(f"messages: each must have at most {longest} characters.")
@@ -328,13 +316,11 @@ def describe_run(run: StoredRun) -> dict[str, Any]:
     }
 
 
-def _stream(
-    request: Request, run: StoredRun, modes: tuple[StreamMode, ...], after: int = 0, *, cancel: bool = False
-) -> Live:
+def _stream(request: Request, run: StoredRun, modes: tuple[StreamMode, ...], after: int = 0, *, cancel: bool = False) -> Live:
     # The client asks there again with no word on the modes, so they are in the address.
     location = f"{_path(run)}/stream?{urlencode([('stream_mode', mode) for mode in modes])}"
     return event_stream(
-        streams.stream(_engine(request), owner(request), run.run_id, modes, after),
+        streams.stream(services(request).followers, owner(request), run.run_id, modes, after),
         {"Location": location, "Content-Location": _path(run)},
         canceller(request, run) if cancel else None,
     )
@@ -360,8 +346,8 @@ async def _outcome(request: Request, run: StoredRun) -> Any:
     """What the run left in the thread. An error has no status here: the answer has begun long ago."""
     try:
         if run.options.on_completion == "delete":
-            return await streams.last_values(_engine(request), owner(request), run.run_id)
-        ended = await _engine(request).wait(owner(request), run.run_id)
+            return await streams.last_values(services(request).followers, owner(request), run.run_id)
+        ended = await services(request).followers.wait(owner(request), run.run_id)
         if ended.error:
             return {"__error__": streams.describe_error(ended.error)}
         return await _values(request, ended)
@@ -374,7 +360,7 @@ async def _outcome(request: Request, run: StoredRun) -> Any:
 
 async def _values(request: Request, run: StoredRun) -> dict[str, Any]:
     """The thread as this run left it, whatever came after."""
-    graph, config = request.app.state.graph, config_of(run.thread_id)
+    graph, config = services(request).graph, config_of(run.thread_id)
     states = [state async for state in graph.aget_state_history(config, filter={"run_id": run.run_id}, limit=1)]
     state = states[0] if states else await graph.aget_state(config)  # it had nothing to do
     return {**state.values, **({"__interrupt__": state.interrupts} if state.interrupts else {})}

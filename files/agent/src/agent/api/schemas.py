@@ -21,9 +21,7 @@ ThreadPath = Annotated[str, Path(pattern=THREAD_ID, description="A thread of the
 RunPath = Annotated[UUID, Path(description="A run of that thread.")]
 CheckpointPath = Annotated[UUID, Path(description="A checkpoint of that thread.")]
 AssistantPath = Annotated[str, Path(max_length=64, description=f"`{GRAPH_ID}` or `{ASSISTANT_ID}`.")]
-AssistantName = Annotated[
-    str, Field(max_length=64, description="The one assistant.", json_schema_extra={"enum": [GRAPH_ID, ASSISTANT_ID]})
-]
+AssistantName = Annotated[str, Field(max_length=64, description="The one assistant.", json_schema_extra={"enum": [GRAPH_ID, ASSISTANT_ID]})]
 Metadata = Annotated[dict[str, Any], Field(description="Any JSON object.")]
 # To JSON 3.0 is a whole number too.
 WHOLE = BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value)
@@ -244,9 +242,7 @@ class StateValues(Body):
 
 class StateUpdate(Body):
     values: StateValues | None = None
-    as_node: Annotated[
-        Node | None, Field(description="Whose step it is to be. It can be left out where it is clear.")
-    ] = None
+    as_node: Annotated[Node | None, Field(description="Whose step it is to be. It can be left out where it is clear.")] = None
     checkpoint: Checkpoint | None = None
     checkpoint_id: Uuid | None = None
 
@@ -307,9 +303,7 @@ class RunBase(Body):
     interrupt_after: Nodes | None = None
     stream_mode: StreamMode | Annotated[list[StreamMode], Field(min_length=1)] | None = None
     stream_subgraphs: Annotated[bool, Field(description="Events of subgraphs too. The agent itself has none.")] = False
-    stream_resumable: Annotated[
-        bool, Field(description="Keep the events for some minutes, for whoever comes back with a Last-Event-ID.")
-    ] = False
+    stream_resumable: Annotated[bool, Field(description="Keep the events for some minutes, for whoever comes back with a Last-Event-ID.")] = False
     on_disconnect: OnDisconnect = "continue"
     durability: Annotated[
         Literal["sync", "async", "exit"],
@@ -327,9 +321,7 @@ class RunCreate(RunBase):
         }
     )
 
-    input: Annotated[
-        RunInput | None, Field(description="With neither input nor command the thread goes on as it is.")
-    ] = None
+    input: Annotated[RunInput | None, Field(description="With neither input nor command the thread goes on as it is.")] = None
     command: Command | None = None
     checkpoint: Checkpoint | None = None
     checkpoint_id: Uuid | None = None
@@ -340,9 +332,7 @@ class RunCreate(RunBase):
 
 class StatelessRunCreate(RunBase):
     input: RunInput
-    on_completion: Annotated[
-        Literal["delete", "keep"], Field(description="What becomes of the thread that is made for the run.")
-    ] = "delete"
+    on_completion: Annotated[Literal["delete", "keep"], Field(description="What becomes of the thread that is made for the run.")] = "delete"
 
 
 class Run(Part):
@@ -389,9 +379,7 @@ class ItemDelete(Body):
 
 class ItemSearch(Body):
     namespace_prefix: NamespacePart = []
-    filter: Annotated[
-        dict[str, str | int | float | bool | None], Field(description="What fields of the value must equal.")
-    ] = {}
+    filter: Annotated[dict[str, str | int | float | bool | None], Field(description="What fields of the value must equal.")] = {}
     limit: Limit = 10
     offset: Offset = 0
 

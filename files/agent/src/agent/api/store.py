@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from langgraph.store.base import BaseStore
 from langgraph.store.base import Item as StoredItem
 from langgraph.store.base import SearchItem as FoundItem
 
@@ -23,6 +22,7 @@ from agent.api.schemas import (
     Namespaces,
 )
 from agent.errors import NotFound
+from agent.services import services
 
 router = APIRouter(prefix="/store", tags=["store"], route_class=JsonRoute)
 
@@ -41,13 +41,13 @@ def root(request: Request) -> tuple[str, str]:
 
 @router.put("/items", status_code=204)
 async def put_item(request: Request, asked: ItemPut) -> Response:
-    await _store(request).aput((*root(request), *asked.namespace), asked.key, asked.value, index=False)
+    await services(request).store.aput((*root(request), *asked.namespace), asked.key, asked.value, index=False)
     return Response(status_code=204)
 
 
 @router.get("/items", response_model=Item, responses={404: {}})
 async def get_item(request: Request, namespace: NamespaceQuery, key: KeyQuery) -> Json:
-    item = await _store(request).aget((*root(request), *namespace.split(".")), key)
+    item = await services(request).store.aget((*root(request), *namespace.split(".")), key)
     if item is None:
         raise NotFound("There is no such item.")
     return Json(_describe(item))
@@ -56,14 +56,14 @@ async def get_item(request: Request, namespace: NamespaceQuery, key: KeyQuery) -
 @router.delete("/items", status_code=204)
 async def delete_item(request: Request, asked: ItemDelete) -> Response:
     """Gone afterwards, whether or not it was there."""
-    await _store(request).adelete((*root(request), *asked.namespace), asked.key)
+    await services(request).store.adelete((*root(request), *asked.namespace), asked.key)
     return Response(status_code=204)
 
 
 @router.post("/items/search", response_model=Items)
 async def search_items(request: Request, asked: ItemSearch) -> Json:
     """The items at or below a namespace, the one changed last first."""
-    found: list[FoundItem] = await _store(request).asearch(
+    found: list[FoundItem] = await services(request).store.asearch(
         (*root(request), *asked.namespace_prefix), filter=asked.filter or None, limit=asked.limit, offset=asked.offset
     )
     return Json({"items": [{**_describe(item), "score": item.score} for item in found]})
@@ -72,7 +72,7 @@ async def search_items(request: Request, asked: ItemSearch) -> Json:
 @router.post("/namespaces", response_model=Namespaces)
 async def list_namespaces(request: Request, asked: NamespaceList) -> Json:
     mine = root(request)
-    found = await _store(request).alist_namespaces(
+    found = await services(request).store.alist_namespaces(
         prefix=(*mine, *asked.prefix),
         suffix=tuple(asked.suffix) or None,
         max_depth=asked.max_depth + len(mine) if asked.max_depth else None,
@@ -80,11 +80,6 @@ async def list_namespaces(request: Request, asked: NamespaceList) -> Json:
         offset=asked.offset,
     )
     return Json({"namespaces": [namespace[len(mine) :] for namespace in found]})
-
-
-def _store(request: Request) -> BaseStore:
-    store: BaseStore = request.app.state.store
-    return store
 
 
 def _describe(item: StoredItem) -> Mapping[str, Any]:

@@ -8,8 +8,8 @@ from langchain_core.messages import AIMessage, AIMessageChunk, message_chunk_to_
 from pydantic import ValidationError
 
 from agent.api.answers import sse
-from agent.events import Event
-from agent.runs import Engine
+from agent.runs.events import Event
+from agent.runs.followers import Followers
 
 # Which events of a run a stream mode is made of.
 SOURCES = {
@@ -71,9 +71,7 @@ def _message(whole: AIMessageChunk) -> dict[str, Any]:
     return message_chunk_to_message(whole).model_dump()
 
 
-async def translate(
-    events: AsyncIterator[Event], modes: Sequence[str], run_id: str, after: int
-) -> AsyncGenerator[bytes]:
+async def translate(events: AsyncIterator[Event], modes: Sequence[str], run_id: str, after: int) -> AsyncGenerator[bytes]:
     """The server-sent events with a number above `after`.
 
     An event of a run may become several. Only the last one carries the number, so that a stream that broke between
@@ -81,14 +79,14 @@ async def translate(
     """
     whole = WholeMessages() if "messages" in modes else None
     async for event in events:
-        told = list(_tell(event, modes, whole, run_id))
+        translated = list(_translate(event, modes, whole, run_id))
         if event.id <= after:
             continue
-        for index, (name, data) in enumerate(told, 1):
-            yield sse(name, data, str(event.id) if index == len(told) else None)
+        for index, (name, data) in enumerate(translated, 1):
+            yield sse(name, data, str(event.id) if index == len(translated) else None)
 
 
-def _tell(event: Event, modes: Sequence[str], whole: WholeMessages | None, run_id: str) -> Sequence[tuple[str, Any]]:
+def _translate(event: Event, modes: Sequence[str], whole: WholeMessages | None, run_id: str) -> Sequence[tuple[str, Any]]:
     kind, _, namespace = event.event.partition("|")
     match kind:
         case "metadata":
@@ -108,20 +106,18 @@ def _tell(event: Event, modes: Sequence[str], whole: WholeMessages | None, run_i
     return []
 
 
-async def stream(
-    engine: Engine, owner: str, run_id: str, modes: Sequence[str], after: int = 0
-) -> AsyncGenerator[bytes]:
+async def stream(followers: Followers, owner: str, run_id: str, modes: Sequence[str], after: int = 0) -> AsyncGenerator[bytes]:
     # Whole messages are made of their first pieces too, so those are read again.
     start = 0 if "messages" in modes else after
-    async with aclosing(engine.events(owner, run_id, start)) as events:
+    async with aclosing(followers.events(owner, run_id, start)) as events:
         async for piece in translate(events, modes, run_id, after):
             yield piece
 
 
-async def last_values(engine: Engine, owner: str, run_id: str) -> dict[str, Any]:
+async def last_values(followers: Followers, owner: str, run_id: str) -> dict[str, Any]:
     """What a run left in its thread, for one that tells its values; or what went wrong."""
     values: dict[str, Any] = {}
-    async with aclosing(engine.events(owner, run_id)) as events:
+    async with aclosing(followers.events(owner, run_id)) as events:
         async for event in events:
             if event.event == "values":
                 values = event.data

@@ -39,7 +39,8 @@ from agent.api.schemas import (
     WrittenMessage,
 )
 from agent.errors import InvalidRequest, NotFound, ServiceError
-from agent.threads import Thread as StoredThread
+from agent.runs.threads import Thread as StoredThread
+from agent.services import services
 
 router = APIRouter(prefix="/threads", tags=["threads"], route_class=JsonRoute)
 
@@ -56,9 +57,7 @@ OUR_METADATA = {"graph_id": GRAPH_ID, "assistant_id": ASSISTANT_ID}
 
 @router.post("", response_model=Thread, responses={404: {}, 409: {}})
 async def create_thread(request: Request, asked: ThreadCreate) -> Json:
-    thread = await request.app.state.threads.create(
-        owner(request), asked.thread_id, _own(asked.metadata), if_exists=asked.if_exists
-    )
+    thread = await services(request).threads.create(owner(request), asked.thread_id, _own(asked.metadata), if_exists=asked.if_exists)
     return Json(await _thread(request, thread))
 
 
@@ -67,7 +66,7 @@ async def search_threads(request: Request, asked: ThreadSearch) -> Json:
     wanted = _filter(asked.metadata)
     if wanted is None:
         return Json([])
-    found = await request.app.state.threads.search(
+    found = await services(request).threads.search(
         owner(request),
         metadata=wanted,
         status=asked.status,
@@ -88,19 +87,17 @@ async def count_threads(request: Request, asked: ThreadCount) -> Json:
     wanted = _filter(asked.metadata)
     if wanted is None:
         return Json(0)
-    return Json(await request.app.state.threads.count(owner(request), metadata=wanted, status=asked.status))
+    return Json(await services(request).threads.count(owner(request), metadata=wanted, status=asked.status))
 
 
 @router.get("/{thread_id}", response_model=Thread, responses={404: {}})
 async def get_thread(request: Request, thread_id: ThreadPath) -> Json:
-    return Json(await _thread(request, await request.app.state.threads.get(owner(request), thread_id)))
+    return Json(await _thread(request, await services(request).threads.get(owner(request), thread_id)))
 
 
 @router.patch("/{thread_id}", response_model=Thread, responses={204: {"description": "Done."}, 404: {}})
-async def update_thread(
-    request: Request, thread_id: ThreadPath, asked: ThreadUpdate, prefer: Annotated[str | None, Header()] = None
-) -> Response:
-    thread = await request.app.state.threads.update(owner(request), thread_id, _own(asked.metadata))
+async def update_thread(request: Request, thread_id: ThreadPath, asked: ThreadUpdate, prefer: Annotated[str | None, Header()] = None) -> Response:
+    thread = await services(request).threads.update(owner(request), thread_id, _own(asked.metadata))
     if prefer == "return=minimal":
         return Response(status_code=204)
     return Json(await _thread(request, thread))
@@ -108,13 +105,13 @@ async def update_thread(
 
 @router.delete("/{thread_id}", status_code=204, responses={404: {}})
 async def delete_thread(request: Request, thread_id: ThreadPath) -> Response:
-    await request.app.state.threads.delete(owner(request), thread_id)
+    await services(request).threads.delete(owner(request), thread_id)
     return Response(status_code=204)
 
 
 @router.post("/{thread_id}/copy", response_model=Thread, responses={404: {}, 409: {}})
 async def copy_thread(request: Request, thread_id: ThreadPath) -> Json:
-    return Json(await _thread(request, await request.app.state.threads.copy(owner(request), thread_id)))
+    return Json(await _thread(request, await services(request).threads.copy(owner(request), thread_id)))
 
 
 # State
@@ -152,9 +149,7 @@ async def update_state(request: Request, thread_id: ThreadPath, asked: StateUpda
     if checkpoint_id:
         await _state_at(request, thread_id, checkpoint_id)
     try:
-        written = await request.app.state.engine.update_state(
-            owner(request), thread_id, _values(asked.values), asked.as_node, checkpoint_id
-        )
+        written = await services(request).engine.update_state(owner(request), thread_id, _values(asked.values), asked.as_node, checkpoint_id)
     except InvalidUpdateError:
         raise StateConflict("As the thread stands it is not clear whose step this is: give as_node.") from None
     except (InvalidRequest, LookupError):  # such as a message to remove that is not there
@@ -165,13 +160,13 @@ async def update_state(request: Request, thread_id: ThreadPath, asked: StateUpda
 @router.post("/{thread_id}/history", response_model=list[ThreadState], responses={404: {}})
 async def get_history(request: Request, thread_id: ThreadPath, asked: History) -> Json:
     """The states of a thread, newest first."""
-    await request.app.state.threads.get(owner(request), thread_id)
+    await services(request).threads.get(owner(request), thread_id)
     check_checkpoint(thread_id, asked.checkpoint)
     before = asked.before
     if isinstance(before, Checkpoint):
         check_checkpoint(thread_id, before)
         before = before.checkpoint_id
-    states = request.app.state.graph.aget_state_history(
+    states = services(request).graph.aget_state_history(
         config_of(thread_id, asked.checkpoint.checkpoint_id if asked.checkpoint else None),
         filter=asked.metadata,
         before=config_of(thread_id, before) if before else None,
@@ -193,8 +188,8 @@ def check_checkpoint(thread_id: str, place: Checkpoint | None) -> str | None:
 
 
 async def _state_at(request: Request, thread_id: str, checkpoint_id: str | None) -> dict[str, Any]:
-    await request.app.state.threads.get(owner(request), thread_id)
-    state: StateSnapshot = await request.app.state.graph.aget_state(config_of(thread_id, checkpoint_id))
+    await services(request).threads.get(owner(request), thread_id)
+    state: StateSnapshot = await services(request).graph.aget_state(config_of(thread_id, checkpoint_id))
     if checkpoint_id and state.created_at is None:
         raise NotFound("There is no such checkpoint.")
     return describe_state(state)
@@ -209,7 +204,7 @@ async def _thread(request: Request, thread: StoredThread, *, with_state: bool = 
         "status": thread.status,
     }
     if with_state:
-        state: StateSnapshot = await request.app.state.graph.aget_state(config_of(thread.thread_id))
+        state: StateSnapshot = await services(request).graph.aget_state(config_of(thread.thread_id))
         described["values"] = state.values or None
         described["interrupts"] = {task.id: task.interrupts for task in state.tasks if task.interrupts}
     return described

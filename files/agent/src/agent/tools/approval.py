@@ -9,10 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from agent.errors import InvalidRequest
 
-EXPECTED = (
-    'The answer to an approval must be {"approve": true} or {"approve": false, "reason": "..."}, '
-    'and may name the call it is for with "id".'
-)
+EXPECTED = 'The answer to an approval must be {"approve": true} or {"approve": false, "reason": "..."}, and may name the call it is for with "id".'
 
 
 class Approval(BaseModel):

@@ -165,6 +165,4 @@ def _log(tool: BaseTool, error: Exception, *, retry: bool) -> None:
     """Where it failed and with what, but not the error's text: it may quote the conversation."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
-    logger.warning(
-        "a tool failed", extra={"tool": tool.name, "error": type(error).__name__, "place": place, "retry": retry}
-    )
+    logger.warning("a tool failed", extra={"tool": tool.name, "error": type(error).__name__, "place": place, "retry": retry})

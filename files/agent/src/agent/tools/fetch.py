@@ -60,9 +60,7 @@ class Target:
 
 
 class Fetcher:
-    def __init__(
-        self, allow: tuple[str, ...], *, resolve: Resolve = resolve, connect: Connect = Connection.open
-    ) -> None:
+    def __init__(self, allow: tuple[str, ...], *, resolve: Resolve = resolve, connect: Connect = Connection.open) -> None:
         self._allow = allow
         self._resolve = resolve
         self._connect = connect
@@ -164,9 +162,7 @@ def decode(body: bytes, content_type: str) -> str:
 
 
 RAW = frozenset({"script", "style", "noscript", "template", "svg", "iframe", "textarea", "select"})
-INLINE = frozenset(
-    {"a", "abbr", "b", "bdi", "code", "em", "i", "kbd", "mark", "q", "s", "small", "span", "strong", "u"}
-)
+INLINE = frozenset({"a", "abbr", "b", "bdi", "code", "em", "i", "kbd", "mark", "q", "s", "small", "span", "strong", "u"})
 TAG = re.compile(r"</?([a-z][a-z0-9-]{0,30})")
 
 

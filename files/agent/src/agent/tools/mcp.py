@@ -4,11 +4,11 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping
 
-import httpx
 from langchain_core.tools import BaseTool
 from langchain_mcp_adapters.client import MultiServerMCPClient
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
+from agent.http_client import create_client
 from agent.metrics import gauge
 from agent.tools.plugins import TOOL_NAME
 from agent.tools.toolbox import Toolbox
@@ -45,7 +45,7 @@ class McpServers:
                     "url": url,
                     "timeout": call_seconds,
                     "sse_read_timeout": call_seconds,
-                    "httpx_client_factory": _http_client,
+                    "httpx_client_factory": create_client,
                 }
                 for name, url in servers.items()
             },
@@ -59,16 +59,11 @@ class McpServers:
             **gauge("mostrecent"),
             registry=registry,
         )
-        self._failures = Counter(
-            "agent_mcp_failures", "Failed listings of an MCP server's tools", ("server",), registry=registry
-        )
+        self._failures = Counter("agent_mcp_failures", "Failed listings of an MCP server's tools", ("server",), registry=registry)
 
     async def __aenter__(self) -> None:
         listed = [asyncio.Event() for _ in self._client.connections]
-        self._tasks = [
-            asyncio.create_task(self._follow(name, event.set))
-            for name, event in zip(self._client.connections, listed, strict=True)
-        ]
+        self._tasks = [asyncio.create_task(self._follow(name, event.set)) for name, event in zip(self._client.connections, listed, strict=True)]
         # Servers that answer are there from the first request on.
         await asyncio.gather(*(event.wait() for event in listed))
 
@@ -112,10 +107,3 @@ def _reason(error: BaseException) -> str:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return type(error).__name__
-
-
-def _http_client(
-    headers: dict[str, str] | None = None, timeout: httpx.Timeout | None = None, auth: httpx.Auth | None = None
-) -> httpx.AsyncClient:
-    """Redirects are not followed: the address in the inventory is the one to talk to."""
-    return httpx.AsyncClient(headers=headers, timeout=timeout, auth=auth, trust_env=False, follow_redirects=False)

@@ -7,6 +7,8 @@ from typing import Any
 import httpx
 from langchain_core.tools import BaseTool, StructuredTool, ToolException
 
+from agent.http_client import create_client
+
 MAX_QUERY_CHARACTERS = 400
 MAX_RESULTS = 5
 MAX_TITLE_CHARACTERS = 200
@@ -38,7 +40,7 @@ async def _fetch(base_url: str, query: str) -> bytes:
     body = bytearray()
     async with (
         asyncio.timeout(TOTAL_SECONDS),
-        httpx.AsyncClient(timeout=TIMEOUT, trust_env=False) as client,
+        create_client(timeout=TIMEOUT) as client,
         client.stream("GET", f"{base_url}/search", params={"q": query, "format": "json"}) as response,
     ):
         if response.status_code != httpx.codes.OK:

@@ -7,8 +7,8 @@ import orjson
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 
-from agent.context import count_text
 from agent.settings import SettingsError
+from agent.tokens import count_text
 
 
 class Toolbox:

@@ -1,0 +1,1 @@
+"""What HTTP sees: the routes, what they take and answer, and what is around every request."""

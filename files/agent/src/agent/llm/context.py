@@ -1,0 +1,69 @@
+"""What of a conversation is shown to the model: as much as its window holds, the newest first to be kept.
+
+A conversation is a sequence of turns, each a user's message and all that followed it. Only whole turns are left out,
+from the oldest on, so that a tool's result never stands without its call. Of the last turn everything is kept; where
+that alone is too much, its tool results are shortened, the longest first.
+"""
+
+from collections.abc import Sequence
+
+from langchain_core.messages import AnyMessage, HumanMessage, ToolMessage
+
+from agent.tokens import BYTES_PER_TOKEN, TOKENS_PER_MESSAGE, count
+
+SHORTEST_RESULT_TOKENS = 100
+LEFT_OUT = "Earlier messages of this conversation are not shown: they no longer fit."
+CUT = "\n[cut here: the rest does not fit]"
+
+
+def turns(messages: Sequence[AnyMessage]) -> list[Sequence[AnyMessage]]:
+    starts = [index for index, message in enumerate(messages) if isinstance(message, HumanMessage)]
+    if not starts or starts[0] > 0:
+        starts.insert(0, 0)
+    return [messages[start:end] for start, end in zip(starts, [*starts[1:], len(messages)], strict=True)]
+
+
+def last_turn(messages: Sequence[AnyMessage]) -> Sequence[AnyMessage]:
+    for index in range(len(messages) - 1, -1, -1):
+        if isinstance(messages[index], HumanMessage):
+            return messages[index:]
+    return messages
+
+
+def fit(messages: Sequence[AnyMessage], budget: int) -> tuple[Sequence[AnyMessage], bool]:
+    """The messages to send within about so many tokens, and whether any were left out or shortened."""
+    counts = [count(message) for message in messages]
+    if sum(counts) <= budget:
+        return messages, False
+    turn = last_turn(messages)
+    start = len(messages) - len(turn)
+    left = budget - sum(counts[start:])
+    if left < 0:
+        return _shorten(turn, counts[start:], budget), True
+    for earlier in reversed(turns(messages[:start])):
+        size = sum(counts[start - len(earlier) : start])
+        if size > left:
+            break
+        start -= len(earlier)
+        left -= size
+    return messages[start:], True
+
+
+def _shorten(turn: Sequence[AnyMessage], counts: list[int], budget: int) -> Sequence[AnyMessage]:
+    """The turn with its tool results cut to a common length that lets it fit, if any length does."""
+    results = sorted(size for message, size in zip(turn, counts, strict=True) if isinstance(message, ToolMessage))
+    room = budget - (sum(counts) - sum(results))
+    longest = SHORTEST_RESULT_TOKENS
+    for position, size in enumerate(results):
+        # Shared evenly among this one and all that are longer.
+        share = room // (len(results) - position)
+        if size > share:
+            longest = max(share, SHORTEST_RESULT_TOKENS)
+            break
+        room -= size
+    return [_cut(message, longest) if isinstance(message, ToolMessage) and size > longest else message for message, size in zip(turn, counts, strict=True)]
+
+
+def _cut(message: ToolMessage, tokens: int) -> ToolMessage:
+    text = message.text.encode(errors="replace")[: (tokens - TOKENS_PER_MESSAGE - 1) * BYTES_PER_TOKEN - len(CUT)]
+    return message.model_copy(update={"content": text.decode(errors="ignore") + CUT})

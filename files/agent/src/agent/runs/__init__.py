@@ -1,0 +1,1 @@
+"""Runs: accepted, worked on, followed, taken over and stored."""

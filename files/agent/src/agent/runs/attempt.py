@@ -1,0 +1,264 @@
+"""One attempt of a run: the graph is driven from where the thread is to the end of the turn.
+
+A thread is a sequence of complete turns. What an interrupted turn left behind (a message without an answer, a tool
+call without a result, after a crash, a timeout or a model's failure) is erased in the step that adds the next message:
+its sender knows that it failed, and many models refuse a conversation with a hole in it.
+"""
+
+import logging
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+from langchain_core.messages import (
+    AIMessage,
+    AIMessageChunk,
+    AnyMessage,
+    BaseMessage,
+    RemoveMessage,
+    ToolMessage,
+    convert_to_messages,
+)
+from langchain_core.runnables import RunnableConfig
+from langgraph.checkpoint.base import CheckpointTuple
+from langgraph.errors import EmptyInputError, GraphRecursionError
+from langgraph.types import Command
+
+from agent.errors import InvalidRequest, ModelFailed, TooManySteps
+from agent.llm.graph import Agent
+from agent.metrics import Metrics
+from agent.runs._langgraph import CHECKPOINTER, INTERRUPT, without_internal
+from agent.runs.checkpoints import RunSaver
+from agent.runs.events import EventLog, plain
+from agent.runs.records import Outcome, Run
+from agent.tokens import count, count_text
+
+logger = logging.getLogger(__name__)
+
+
+class Attempt:
+    def __init__(
+        self,
+        run: Run,
+        graph: Agent,
+        saver: RunSaver,
+        config: RunnableConfig,
+        tools: frozenset[str],
+        log: EventLog,
+        metrics: Metrics,
+    ) -> None:
+        self._run = run
+        self._graph = graph
+        self._saver = saver
+        self._config = config
+        self._tools = tools
+        self._log = log
+        self._metrics = metrics
+        self._started = time.monotonic()
+        self._spoke = False
+        # The ids of the messages from before the run, once they are known.
+        self._before: frozenset[str | None] | None = None
+        self._usage: dict[str, int] | None = None
+        # The message that the model is writing, as far as it was told.
+        self._writing: str | None = None
+        self._written = ""
+
+    async def work(self) -> Outcome:
+        """Drive the graph to the end. Raises ServiceError where there is no answer."""
+        loaded = await self._load()
+        messages: list[AnyMessage] = self._saver.values.get("messages", [])
+        taken_up = self._is_own(loaded)
+        before = [message.id for message in messages]
+        if taken_up and self._run.run_id in before:
+            # What an earlier attempt did is this run's as well, and nobody has counted it.
+            before = before[: before.index(self._run.run_id)]
+        self._before = frozenset(before)
+        if self._run.attempt > 1:
+            self._log.publish("status", {"state": "restarted"})
+        graph_input = None if taken_up else self._input(loaded, messages)
+        try:
+            async for mode, data, namespace in self._stream(graph_input):
+                self._publish(mode, data, namespace)
+        except GraphRecursionError:
+            raise TooManySteps from None
+        except EmptyInputError:
+            if not taken_up:
+                raise InvalidRequest("The thread has nothing to go on with.") from None
+            # The answer was stored before the crash, only that the run is done was not.
+        return self._outcome()
+
+    def spent(self, window: int) -> int:
+        """The tokens that the attempt cost, however it ended. The model is shown no more than `window` at once."""
+        if self._before is None:
+            return 0
+        messages: list[AnyMessage] = self._saver.values.get("messages", [])
+        tokens = self._used(messages)["total_tokens"]
+        if self._writing is not None and self._writing not in {message.id for message in messages}:
+            # Broken off before the model could say what it cost, but its client has read it.
+            shown = sum(count(message) for message in messages)
+            tokens += min(shown, window) + count_text(self._written)
+        return tokens
+
+    async def _load(self) -> CheckpointTuple | None:
+        """Where the attempt starts from: where its run was to start, or how far an earlier attempt came."""
+        run = self._run
+        if run.first and run.attempt == 1:
+            return await self._saver.load(None)
+        configurable = self._config["configurable"]
+        if run.attempt > 1 and "checkpoint_id" in configurable:
+            latest: RunnableConfig = {
+                **self._config,
+                "configurable": {name: value for name, value in configurable.items() if name != "checkpoint_id"},
+            }
+            loaded = await self._saver.load(latest)
+            if self._is_own(loaded):
+                self._config = latest
+                return loaded
+        return await self._saver.load(self._config)
+
+    def _is_own(self, loaded: CheckpointTuple | None) -> bool:
+        return loaded is not None and loaded.metadata.get("run_id") == self._run.run_id
+
+    def _input(self, loaded: CheckpointTuple | None, stored: Sequence[AnyMessage]) -> Any:
+        match self._run.input:
+            case None:
+                if loaded is None:
+                    raise InvalidRequest("The thread has nothing to go on with.")
+                return None
+            case {"resume": answer}:
+                if loaded is None or not any(channel == INTERRUPT for _, channel, _ in loaded.pending_writes or ()):
+                    raise InvalidRequest("The thread waits for no answer.")
+                return Command(resume=answer)
+            case {"messages": given}:
+                return {"messages": self._messages(given, stored)}
+        raise InvalidRequest("The input must have messages or an answer.")
+
+    def _messages(self, given: Sequence[Any], stored: Sequence[AnyMessage]) -> list[BaseMessage]:
+        sent = convert_to_messages(given)
+        for index, message in enumerate(sent):
+            # Known before the first attempt: another one replaces the messages of the first instead of adding to them.
+            message.id = message.id or (f"{self._run.run_id}-{index}" if index else self._run.run_id)
+        answered = {message.tool_call_id for message in sent if isinstance(message, ToolMessage)}
+        remains = unfinished(stored)
+        if not remains or any(call["id"] in answered for call in _tool_calls(remains)):
+            return sent
+        self._metrics.threads_healed.inc()
+        extra = {"thread_id": self._run.thread_id, "run_id": self._run.run_id, "messages": len(remains)}
+        logger.info("an interrupted turn is erased", extra=extra)
+        return [*(RemoveMessage(id=str(left.id)) for left in remains), *sent]
+
+    async def _stream(self, graph_input: Any) -> AsyncIterator[tuple[str, Any, tuple[str, ...]]]:
+        options = self._run.options
+        config: RunnableConfig = {
+            **self._config,
+            "configurable": {**self._config["configurable"], CHECKPOINTER: self._saver},
+        }
+        modes: list[Any] = list({mode for wanted in options.stream for mode in MODES.get(wanted, ())})
+        limits: dict[str, Any] = {
+            name: list(nodes)
+            for name, nodes in (
+                ("interrupt_before", options.interrupt_before),
+                ("interrupt_after", options.interrupt_after),
+            )
+            if nodes
+        }
+        # The saver decides what is stored when; "sync" lets it hold up the step that follows.
+        stream = self._graph.astream(
+            graph_input,
+            config,
+            stream_mode=modes,
+            subgraphs=options.subgraphs,
+            durability="sync",
+            **limits,
+        )
+        async for item in stream:
+            if options.subgraphs:
+                namespace, mode, data = item
+            else:
+                namespace, (mode, data) = (), item
+            yield mode, data, namespace
+
+    def _publish(self, mode: str, data: Any, namespace: tuple[str, ...]) -> None:
+        wanted = self._run.options.stream
+        if mode == "messages":
+            chunk, metadata = data
+            if "messages" in wanted:
+                self._log.publish(_name("messages", namespace), [chunk, without_internal(metadata)])
+            if isinstance(chunk, AIMessageChunk | AIMessage) and (text := chunk.text):
+                if self._writing != chunk.id:
+                    self._writing, self._written = chunk.id, ""
+                self._written += text
+                if not self._spoke:
+                    self._spoke = True
+                    self._metrics.first_token_seconds.observe(time.monotonic() - self._started)
+                if "tokens" in wanted and not namespace:
+                    self._log.publish("token", {"text": str(text)})
+            return
+        kind = data.get("type") if mode == "custom" and isinstance(data, dict) else None
+        if kind == "status" or (kind == "tool" and "tools" in wanted):
+            self._log.publish(kind, {name: value for name, value in data.items() if name != "type"})
+        if mode in wanted:
+            self._log.publish(_name(mode, namespace), data)
+
+    def _outcome(self) -> Outcome:
+        messages: list[AnyMessage] = self._saver.values.get("messages", [])
+        usage = self._used(messages)
+        interrupts = plain(self._saver.interrupts)
+        result: dict[str, Any] = {"response": "", "usage": usage}
+        if interrupts:
+            return Outcome("success", "interrupted", {**result, "interrupts": interrupts})
+        options = self._run.options
+        if options.interrupt_before or options.interrupt_after:
+            return Outcome("success", "interrupted", result)
+        if not messages or not is_answer(messages[-1]):
+            raise ModelFailed
+        return Outcome("success", "idle", {**result, "response": str(messages[-1].text)})
+
+    def _used(self, messages: Sequence[AnyMessage]) -> dict[str, int]:
+        """What the model says that the run's messages cost. They are counted once."""
+        if self._usage is not None:
+            return self._usage
+        usage = self._usage = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
+        for message in messages:
+            if message.id in (self._before or ()):
+                continue
+            if isinstance(message, ToolMessage):
+                tool = message.name if message.name in self._tools else "unknown"
+                self._metrics.tool_calls.labels(tool, message.status).inc()
+            elif isinstance(message, AIMessage) and message.usage_metadata:
+                counted: Mapping[str, Any] = message.usage_metadata
+                for name in usage:
+                    usage[name] += counted.get(name, 0)
+        if usage["total_tokens"]:
+            self._metrics.model_tokens.labels("prompt").inc(usage["input_tokens"])
+            self._metrics.model_tokens.labels("completion").inc(usage["output_tokens"])
+        return usage
+
+
+# What LangGraph must stream for each thing that can be asked for.
+MODES = {
+    "tokens": ("messages", "custom"),
+    "tools": ("custom",),
+    "messages": ("messages",),
+    "values": ("values",),
+    "updates": ("updates",),
+    "custom": ("custom",),
+}
+
+
+def is_answer(message: BaseMessage) -> bool:
+    return isinstance(message, AIMessage) and not message.tool_calls and not message.invalid_tool_calls
+
+
+def unfinished(messages: Sequence[AnyMessage]) -> Sequence[AnyMessage]:
+    """The messages after the last complete turn."""
+    complete = next((index for index in range(len(messages), 0, -1) if is_answer(messages[index - 1])), 0)
+    return messages[complete:]
+
+
+def _tool_calls(messages: Sequence[AnyMessage]) -> list[Any]:
+    return [call for message in messages if isinstance(message, AIMessage) for call in message.tool_calls]
+
+
+def _name(event: str, namespace: tuple[str, ...]) -> str:
+    return "|".join((event, *namespace))

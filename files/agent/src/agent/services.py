@@ -1,0 +1,39 @@
+"""What a worker consists of while it serves: made once by app.py, and handed to the routes by `services(request)`."""
+
+from dataclasses import dataclass
+
+from fastapi import Request
+from langgraph.store.base import BaseStore
+
+from agent.access.auth import Authenticator
+from agent.access.rate_limit import RateLimiter
+from agent.llm.graph import Agent
+from agent.readiness import Readiness
+from agent.retention import RetentionMetrics
+from agent.runs.engine import Engine
+from agent.runs.followers import Followers
+from agent.runs.threads import Threads
+from agent.settings import Settings
+from agent.tools.toolbox import Toolbox
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    settings: Settings
+    tools: Toolbox
+    graph: Agent
+    # Items and memories that outlive threads.
+    store: BaseStore
+    authenticator: Authenticator
+    limiter: RateLimiter
+    threads: Threads
+    engine: Engine
+    followers: Followers
+    readiness: Readiness
+    retention: RetentionMetrics
+
+
+def services(request: Request) -> Services:
+    """Those of the application that this request came to."""
+    found: Services = request.app.state.services
+    return found

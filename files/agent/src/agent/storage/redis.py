@@ -1,0 +1,34 @@
+"""The one way to make a Redis client: bounded in connections and time, with no command that the ACL does not allow."""
+
+from typing import Any
+
+from redis.asyncio import BlockingConnectionPool, Redis
+
+from agent.settings import Settings
+
+REDIS_SECONDS = 0.5
+
+
+def create_redis(settings: Settings, *, connections: int = 16, seconds: float = REDIS_SECONDS, blocking: bool = False) -> "Redis":
+    """A client that has connected to nothing yet.
+
+    `seconds` bound the wait for a free connection, for the server's acceptance and for an answer. The answer to a
+    blocking command may come later; its caller bounds it.
+    """
+    answer: dict[str, Any] = {} if blocking else {"socket_timeout": seconds}
+    return Redis.from_pool(
+        BlockingConnectionPool(
+            host=settings.redis_host,
+            port=settings.redis_port,
+            username=settings.redis_user,
+            password=settings.redis_password.get_secret_value(),
+            max_connections=connections,
+            timeout=seconds,
+            socket_connect_timeout=seconds,
+            socket_keepalive=True,
+            # These two keep the commands to the few that the ACL allows.
+            protocol=2,
+            driver_info=None,
+            **answer,
+        )
+    )

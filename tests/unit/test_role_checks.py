@@ -1,0 +1,71 @@
+"""What the data stores, nginx and logrotate refuse before anything changes, each with a sentence; ranges and passwords have one check for all roles."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from programs import ROOT
+
+GOOD = "a good password"
+SHARED: dict[str, Any] = {
+    "ansible_connection": "local",
+    "ansible_python_interpreter": sys.executable,
+    "agent_stack_secure_logging": False,
+    "agent_stack_domain": "agent.example.com",
+    "agent_stack_email": "ops@example.com",
+    "nginx_certbot_proxy_secret": "s" * 32,
+    **dict.fromkeys(("nginx_certbot_password", "postgres_agent_password", "postgres_exporter_password"), GOOD),
+    **dict.fromkeys(("redis_agent_password", "redis_exporter_password"), GOOD),
+}
+ROLES = ("postgres", "redis", "nginx_certbot", "logrotate")
+TAKEN: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "least": {"redis_maxmemory_mib": 16, "postgres_max_connections": "20", "logrotate_keep": 1},
+    "most": {"redis_maxmemory_mib": 65536, "postgres_max_connections": 10000, "nginx_certbot_read_timeout_seconds": 3600},
+    "half": {"postgres_memory_limit_mib": 256, "postgres_shared_buffers_mib": 128},
+}
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"redis_maxmemory_mib": 15}, "redis_maxmemory_mib is 15; allowed is a whole number from 16 to 65536."),
+    ({"redis_maxmemory_mib": 65537}, "redis_maxmemory_mib is 65537; allowed is a whole number from 16 to 65536."),
+    ({"postgres_max_connections": 19}, "postgres_max_connections is 19; allowed is a whole number from 20 to 10000."),
+    ({"postgres_memory_limit_mib": 256, "postgres_shared_buffers_mib": 129}, "postgres_shared_buffers_mib is 129; allowed is a whole number from 16 to 128."),
+    ({"logrotate_keep": 366}, "logrotate_keep is 366; allowed is a whole number from 1 to 365."),
+    ({"nginx_certbot_requests_per_second": 0}, "nginx_certbot_requests_per_second is 0; allowed is a whole number from 1 to 10000."),
+    ({"redis_agent_password": "short"}, "redis_agent_password has 5 characters; allowed are at least 12, none of them a control character."),
+    ({"redis_exporter_password": ""}, "redis_exporter_password has 0 characters; allowed are at least 12"),
+    ({"postgres_exporter_password": "two\nlines of it"}, "postgres_exporter_password has 15 characters; allowed are at least 12, none of them a control"),
+]
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What a play over the four roles' checks said, with one host for each case."""
+    directory = tmp_path_factory.mktemp("checks")
+    hosts = {**TAKEN, **{f"refused-{number}": values for number, (values, _) in enumerate(REFUSED)}}
+    (directory / "hosts.yml").write_text(yaml.safe_dump({"all": {"hosts": hosts, "vars": SHARED}}))
+    tasks = [{"ansible.builtin.include_role": {"name": f"selfhosted.agent_stack.{role}", "tasks_from": "check"}} for role in ROLES]
+    (directory / "play.yml").write_text(yaml.safe_dump([{"hosts": "all", "gather_facts": False, "tasks": tasks}]))
+    command = [str(Path(sys.executable).parent / "ansible-playbook"), "-i", "hosts.yml", "play.yml"]
+    environment = {**os.environ, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"}
+    result = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=False)
+    return " ".join((result.stdout + result.stderr).split())
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_what_is_taken(played: str, name: str) -> None:
+    recap = played[played.index("PLAY RECAP") :]
+    assert f"{name} : " in recap, played
+    assert " failed=0 " in recap[recap.index(f"{name} : ") :].partition("ignored=")[0], played
+
+
+@pytest.mark.parametrize(("number", "words"), [(number, words) for number, (_, words) in enumerate(REFUSED)], ids=lambda case: str(case)[:40])
+def test_what_is_refused(played: str, number: int, words: str) -> None:
+    recap = played[played.index("PLAY RECAP") :]
+    assert " failed=1 " in recap[recap.index(f"refused-{number} : ") :].partition("ignored=")[0], played
+    assert words in played, played
