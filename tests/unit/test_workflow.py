@@ -32,10 +32,10 @@ def test_every_target_of_the_workflow_exists() -> None:
 
 def test_every_part_of_test_all_is_in_the_workflow() -> None:
     """The parts that go on with a host are what the whole scenario holds; images are made by what needs them."""
-    wanted = {part.removeprefix("more-") for part in parts("TEST_PARTS") | parts("ALL_PARTS")}
+    wanted = {part.removeprefix("more-") for part in parts("TEST_PARTS") | parts("ALL_PARTS") | parts("LAST_PARTS")}
     wanted = {{"swap": "molecule-swap", "nvidia": "molecule-nvidia", "hosts": "molecule-hosts"}.get(part, part) for part in wanted}
     assert wanted - {"images"} == set(JOBS["part"]["strategy"]["matrix"]["part"]) | {"sanity"} | parts("CHECK_PARTS")
 
 
 def test_every_part_is_a_target() -> None:
-    assert parts("TEST_PARTS") | parts("ALL_PARTS") | parts("CHECK_PARTS") <= targets()
+    assert parts("TEST_PARTS") | parts("ALL_PARTS") | parts("LAST_PARTS") | parts("CHECK_PARTS") <= targets()
