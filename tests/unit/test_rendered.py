@@ -124,3 +124,9 @@ SETS = r"\| *(difference|intersect|union|symmetric_difference|unique)\b"
 def test_no_file_depends_on_the_order_of_a_set(path: Path) -> None:
     """Ansible's filters of sets return another order with each run, so the second run would write another file."""
     assert [line for line in path.read_text().splitlines() if re.search(SETS, line)] == []
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("roles/*/tasks/*.yml")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_loop_has_the_order_of_a_set(path: Path) -> None:
+    """Which of two faults a play names would change from run to run."""
+    assert [line for line in path.read_text().splitlines() if line.strip().startswith("loop:") and re.search(SETS, line)] == []
