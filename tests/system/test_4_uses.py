@@ -38,7 +38,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_installed_collection_has_what_a_user_needs_and_no_more(installed: Path) -> None:
     collection = installed / "collections" / "ansible_collections" / "selfhosted" / "agent_stack"
     assert {"roles", "plugins", "playbooks", "files", "inventories", "README.md", "LICENSE", "CHANGELOG.md"} <= {path.name for path in collection.iterdir()}
-    assert not {"tests", "molecule", ".venv", ".git", ".cache"} & {path.name for path in collection.iterdir()}
+    assert not {"molecule", ".venv", ".git", ".cache"} & {path.name for path in collection.iterdir()}
+    # What Automation Hub's sanity reads, and no test.
+    assert {path.name for path in (collection / "tests").iterdir()} == {"config.yml", "sanity"}
     assert not list(collection.rglob("secrets.yml")) or all("tasks" in path.parts for path in collection.rglob("secrets.yml"))
 
 
