@@ -61,7 +61,7 @@ test:
 	@$(MAKE) --no-print-directory --keep-going --jobs $(JOBS) SET_UP=yes PARTS=quiet DRILLS=quick CORE=2.19 $(TEST_PARTS) && status=0 || status=$$?; \
 	$(BIN)/python tools/parts.py table; exit $$status
 
-## make test-all      what CI runs: make test, then every scenario, with drills in short counts
+## make test-all      before a release: make test, then every scenario, with drills in short counts
 .PHONY: test-all
 test-all:
 	@$(PREFLIGHT) disk engine port=$(DEMO_PORT)
