@@ -33,7 +33,7 @@ PRIVATE = {
     *("inventories/prod/group_vars/agent/secrets.yml", "inventories/lab/deeper/group_vars/secrets.yml", "inventories/prod/host_vars/agent/api_keys.yml"),
     *("group_vars/all/secrets.yml", "playbooks/group_vars/all/api_keys.yml"),
     *(".venv/pyvenv.cfg", ".cache/pip.conf", ".demo/ca.pem", ".collections/ansible_collections/other/x"),
-    *("tests/x.py", "tests/cores/x", "molecule/swap/tests/x", "tests/system/x", "molecule/default/inventory/group_vars/all/secrets.yml"),
+    *("tests/x.py", "tests/cores/x", "tests/swap/x", "tests/system/x", "molecule/default/inventory/group_vars/all/secrets.yml"),
 }
 
 
