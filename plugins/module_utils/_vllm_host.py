@@ -16,7 +16,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -200,6 +200,13 @@ class Gateway:
         return str(next((name for _text, name, disabled in lines if name in SLOTS and not disabled), HOLD))
 
 
+def execute(command: Sequence[str], timeout: float) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end, with nothing to read, for at most `timeout` seconds. Raises OSError and subprocess.TimeoutExpired."""
+    # The watchdog runs this on the host without Ansible, and so without run_command.
+    # pylint: disable-next=ansible-bad-function
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, stdin=subprocess.DEVNULL)
+
+
 def check_gateway(configuration: str, servers: str, paths: Paths, image: str, docker: str = "docker") -> None:
     """Have the HAProxy that will read a configuration check it, in a container without a network. Raises SwapError with what HAProxy says."""
     with tempfile.TemporaryDirectory() as directory:
@@ -213,7 +220,7 @@ def check_gateway(configuration: str, servers: str, paths: Paths, image: str, do
         command += ["--volume", f"{paths.root / 'vllm' / 'config'}:/etc/agent-stack:ro", "--entrypoint", "haproxy", image, "-c"]
         command += [argument for name in files for argument in ("-f", f"/check/{name}")]
         try:
-            result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, stdin=subprocess.DEVNULL)
+            result = execute(command, 60)
         except (OSError, subprocess.TimeoutExpired) as error:
             raise SwapError(f"the gateway's new configuration could not be checked, and nothing was changed: {error}") from error
     if result.returncode != 0:
@@ -236,9 +243,7 @@ class DockerHost:
 
     def run(self, *command: str, timeout: float = 120, check: bool = True) -> subprocess.CompletedProcess[str]:
         try:
-            # The watchdog runs this on the host without Ansible, and so without run_command.
-            # pylint: disable-next=ansible-bad-function
-            result = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, stdin=subprocess.DEVNULL)
+            result = execute(command, timeout)
         except subprocess.TimeoutExpired:
             raise SwapError(f"`{' '.join(command[:5])}` took more than {timeout:g} seconds") from None
         except OSError as error:
