@@ -6,7 +6,7 @@
 #define nvmlSystemGetDriverVersion scripted_driver
 #define nvmlSystemGetCudaDriverVersion_v2 scripted_cuda
 #define nvmlDeviceGetCount_v2 scripted_count
-#include "../../unit/data/fake_nvml.c"
+#include "../../../tests/unit/data/fake_nvml.c"
 #undef nvmlInitWithFlags
 #undef nvmlInit_v2
 #undef nvmlSystemGetDriverVersion
