@@ -129,7 +129,7 @@ def layer_of(entry: Mapping[str, Any]) -> tuple[Layer, int]:
     # Only what the model fixes: where it says nothing, blocks are those of CUDA's backends, and these are a CPU's.
     alignment = checked(entry.get("alignment") or 1)
     fixed = block if alignment > 1 else 0
-    role = INDEXER if kind == LATENT and element == 1 else ""
+    role = INDEXER if kind == LATENT and element == 1 and not fixed else ""
     return Layer(kind, count, token, window, max(1, int(together)), fixed, alignment, role), element
 
 
