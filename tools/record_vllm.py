@@ -1,4 +1,4 @@
-"""Record what the pinned vLLM calls its parsers, models, quantisations and templates, into roles/vllm/files/vllm-registry.json.
+"""Record what the pinned vLLM calls its parsers, models, quantisations, templates and arguments, into roles/vllm/files/vllm-registry.json.
 
 A deployment that names a parser which vLLM does not have fails minutes after the model was loaded. The catalogue and the module vllm_plan are
 checked against this file, and a unit test fails when the pinned version is another than the recorded one.
@@ -30,6 +30,9 @@ REASONING_PARSERS = ("vllm/reasoning/__init__.py", ["_REASONING_PARSERS_TO_REGIS
 QUANTIZATIONS = ("vllm/model_executor/layers/quantization/__init__.py", "QuantizationMethods")
 TOKENIZERS = ("vllm/tokenizers/registry.py", ["_VLLM_TOKENIZERS"])
 TEMPLATES = "vllm/transformers_utils/chat_templates/"
+# Where arguments of `vllm serve` are added, and the classes whose fields are arguments, too.
+ARGUMENTS = re.compile(r"vllm/engine/arg_utils\.py|vllm/entrypoints/.*cli_args\.py")
+ARGUMENT_CLASSES = ("BaseFrontendArgs", "FrontendArgs")
 ARCHITECTURES = ("vllm/model_executor/models/registry.py", ["_TEXT_GENERATION_MODELS", "_MULTIMODAL_MODELS", "_TRANSFORMERS_SUPPORTED_MODELS"])
 
 
@@ -62,6 +65,19 @@ def keys(source: str, names: list[str]) -> list[str]:
     return sorted({key for name in names for key in found[name]})
 
 
+def arguments(source: str) -> set[str]:
+    """Return the arguments that a module of vLLM adds to `vllm serve`, without those that only switch another one off."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument":
+            words = [word.value for word in node.args if isinstance(word, ast.Constant)]
+            found |= {word for word in words if isinstance(word, str) and word.startswith("-")}
+        elif isinstance(node, ast.ClassDef) and node.name in ARGUMENT_CLASSES:
+            fields = [entry.target.id for entry in node.body if isinstance(entry, ast.AnnAssign) and isinstance(entry.target, ast.Name)]
+            found |= {f"--{name.replace('_', '-')}" for name in fields}
+    return found
+
+
 def read_wheel(wheel: Path) -> dict[str, list[str]]:
     with zipfile.ZipFile(wheel) as archive:
         found = {
@@ -74,6 +90,8 @@ def read_wheel(wheel: Path) -> dict[str, list[str]]:
             )
         }
         found["quantizations"] = words(archive.read(QUANTIZATIONS[0]).decode(), QUANTIZATIONS[1])
+        places = [name for name in archive.namelist() if ARGUMENTS.fullmatch(name)]
+        found["arguments"] = sorted({word for name in places for word in arguments(archive.read(name).decode())})
         found["chat_templates"] = sorted(name.rpartition("/")[2] for name in archive.namelist() if name.startswith(TEMPLATES) and name.endswith(".jinja"))
         return found
 

@@ -1,7 +1,10 @@
 # Copyright: the selfhosted.agent_stack maintainers
 # GNU General Public License v3.0+ (see LICENSES/GPL-3.0-or-later.txt or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Give the module vllm_plan the collection's catalogue of models and vLLM's list of parsers; see plugins/modules/vllm_plan.py for the contract."""
+"""Give the module vllm_plan the collection's catalogue, vLLM's list of parsers and the program that asks vLLM.
+
+The contract is in plugins/modules/vllm_plan.py.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ ROLE = Path(__file__).resolve().parents[2] / "roles" / "vllm"
 
 
 class ActionModule(ActionBase):
-    """Both files lie on the controller, and the plan is made where the GPUs are."""
+    """The files lie on the controller, and the plan is made where the GPUs are."""
 
     TRANSFERS_FILES = False
 
@@ -24,6 +27,7 @@ class ActionModule(ActionBase):
         result: dict[str, Any] = super().run(tmp, task_vars)
         arguments = dict(self._task.args)
         arguments.setdefault("catalogue", yaml.safe_load((ROLE / "vars" / "catalogue.yml").read_text())["__vllm_catalogue"])
+        arguments.setdefault("asker", (ROLE / "files" / "ask_vllm.py").read_text())
         arguments.setdefault("registry", json.loads((ROLE / "files" / "vllm-registry.json").read_text())["cuda"])
         result.update(self._execute_module(module_name="selfhosted.agent_stack.vllm_plan", module_args=arguments, task_vars=task_vars))
         return result

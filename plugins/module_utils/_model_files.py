@@ -12,8 +12,10 @@ import fnmatch
 import json
 import re
 import struct
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError, URLError
@@ -26,6 +28,8 @@ INDEX = "model.safetensors.index.json"
 OTHER_WEIGHTS = ("*.bin", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.pt", "*.pth", "original/*", "consolidated*")
 HEADER_LIMIT = 100_000_000
 ANSWER_LIMIT = 64_000_000
+# An answer may take as many times the timeout, which is for its first byte and for each pause.
+SLOWEST = 4
 
 
 class ModelError(ValueError):
@@ -36,7 +40,7 @@ class ModelError(ValueError):
 class ModelFiles:
     """`weight_bytes` is what the weights take when vLLM has loaded them, None if only the config can tell. `missing_bytes` are still to be fetched.
 
-    `chat_template` is whether the model has one, None if nobody can tell.
+    `chat_template` is whether the model has one, None if nobody can tell. `small` are the files that describe it and its tokenizer.
     """
 
     config: dict[str, Any]
@@ -45,12 +49,16 @@ class ModelFiles:
     origin: str
     revision: str
     chat_template: bool | None = None
+    small: tuple[str, ...] = ()
 
 
 # Which layer of the text part a tensor belongs to, and heads that guess several tokens ahead, which vLLM loads for speculative decoding alone.
 LAYER = re.compile(r"(?:model\.)?(?:language_model\.)?(?:model\.)?layers\.(\d+)\.")
 AHEAD = re.compile(r"(?:model\.)?(?:language_model\.)?mtp\.")
 SHARD = re.compile(r".*-(\d{5})-of-(\d{5})\.safetensors")
+# Files that describe a model and its tokenizer, and the most bytes of one.
+SMALL = ("*.json", "*.model", "*.txt", "*.tiktoken", "*.jinja")
+SMALL_LIMIT = 32_000_000
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "tekken.json")
 
 
@@ -90,6 +98,22 @@ def adapter_sentence(model: str, described: Mapping[str, Any]) -> str:
         f"{model} is an adapter (LoRA){named} and no model: serve the model, and the adapter with it by vllm_extra_arguments"
         " (--enable-lora --lora-modules NAME=PATH)."
     )
+
+
+def small_files(sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """Return those of some files, by size, that describe a model and its tokenizer."""
+    own = [name for name, size in sizes.items() if "/" not in name and 0 < size <= SMALL_LIMIT and name != INDEX]
+    return tuple(sorted(name for name in own if any(fnmatch.fnmatch(name, pattern) for pattern in SMALL)))
+
+
+def read_small(files: ModelFiles, model: str, hub: Hub | None) -> dict[str, bytes]:
+    """Return the contents of the files that describe a model and its tokenizer. Raises ModelError."""
+    if hub is None or files.origin != hub.url:
+        try:
+            return {name: (Path(files.origin) / name).read_bytes() for name in files.small}
+        except OSError as error:
+            raise ModelError(f"{error.filename} cannot be read: {error.strerror}.") from None
+    return {name: hub.get(f"/{model}/resolve/{files.revision}/{quote(name)}", model, files.revision) for name in files.small}
 
 
 def find_model(model: str, revision: str, directories: Iterable[Path], hub: Hub | None) -> ModelFiles:
@@ -149,10 +173,9 @@ def read_directory(directory: Path, name: str) -> ModelFiles:
         names = [file.name for file in directory.iterdir()]
         files = own_weights(names)
         check_weights(files, names, name)
-    template = has_template(directory)
-    if not files:
-        return ModelFiles(config, None, 0, str(directory), "", template)
-    return ModelFiles(config, sum(tensor_bytes(header(directory / file), config) for file in files), 0, str(directory), "", template)
+    small = small_files({file.name: file.stat().st_size for file in directory.iterdir() if file.is_file()})
+    weights = sum(tensor_bytes(header(directory / file), config) for file in files) if files else None
+    return ModelFiles(config, weights, 0, str(directory), "", has_template(directory), small)
 
 
 def has_template(directory: Path) -> bool | None:
@@ -168,7 +191,7 @@ def has_template(directory: Path) -> bool | None:
 def parse_json(text: bytes, what: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ModelError(f"{what} is not JSON.") from None
     if not isinstance(value, dict):
         raise ModelError(f"{what} does not hold an object.")
@@ -197,13 +220,18 @@ def header(file: Path) -> dict[str, Any]:
             raise ModelError(f"{file} is not a safetensors file, or cut short.")
         tensors = parse_json(stream.read(length), f"the header of {file}")
     tensors.pop("__metadata__", None)
-    try:
-        end = max((int(tensor["data_offsets"][1]) for tensor in tensors.values()), default=0)
-    except (KeyError, TypeError, IndexError, ValueError):
-        raise ModelError(f"the header of {file} describes a tensor without its place.") from None
+    end = max((place(tensor, str(file))[1] for tensor in tensors.values()), default=0)
     if 8 + length + end > size:
         raise ModelError(f"{file} is cut short: it has {size:,} bytes of {8 + length + end:,}.")
     return tensors
+
+
+def place(tensor: Any, file: str) -> tuple[int, int]:
+    """Return where a tensor begins and ends in its file, in bytes. Raises ModelError."""
+    offsets = tensor.get("data_offsets") if isinstance(tensor, dict) else None
+    if not isinstance(offsets, list) or [type(offset) for offset in offsets] != [int, int] or not 0 <= offsets[0] <= offsets[1]:
+        raise ModelError(f"the header of {file} describes a tensor without its place.")
+    return offsets[0], offsets[1]
 
 
 def tensor_bytes(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> int:
@@ -213,7 +241,8 @@ def tensor_bytes(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> int:
     for name, tensor in tensors.items():
         if unused(name, config):
             continue
-        size = int(tensor["data_offsets"][1]) - int(tensor["data_offsets"][0])
+        start, end = place(tensor, name)
+        size = end - start
         total += size // 2 if halved and tensor.get("dtype") == "F32" else size
     return total
 
@@ -237,7 +266,7 @@ class Hub:
         wanted = quote(revision or "main", safe="")
         about = parse_json(self.get(f"/api/models/{model}/revision/{wanted}?blobs=true", model, revision), f"what the hub says about {model}")
         commit = str(about.get("sha") or revision or "main")
-        sizes = {str(file.get("rfilename")): int(file.get("size") or 0) for file in about.get("siblings") or []}
+        sizes = sizes_of(about, model)
         if "config.json" not in sizes:
             if "adapter_config.json" in sizes:
                 path = f"/{model}/resolve/{commit}/adapter_config.json"
@@ -263,7 +292,7 @@ class Hub:
         template = True if any(name in sizes for name in TEMPLATE_FILES) else None
         if template is None and "tokenizer_config.json" in sizes:
             template = b'"chat_template"' in self.get(f"/{model}/resolve/{commit}/tokenizer_config.json", model, revision)
-        return ModelFiles(config, weights, fetched, self.url, commit, template)
+        return ModelFiles(config, weights, fetched, self.url, commit, template, small_files(sizes))
 
     def unused_bytes(self, index: bytes, config: Mapping[str, Any], where: str, model: str, revision: str) -> int:
         """Return the bytes of tensors that vLLM leaves out, from the headers of the few files that hold them. Without an answer none is left out."""
@@ -275,8 +304,8 @@ class Hub:
                 if not 0 < length <= ANSWER_LIMIT:
                     continue
                 tensors = parse_json(self.get(where + file, model, revision, (8, length)), f"the header of {file}")
-                total += sum(int(tensors[name]["data_offsets"][1]) - int(tensors[name]["data_offsets"][0]) for name, at in places.items() if at == file)
-            except (ModelError, KeyError, TypeError, IndexError, ValueError, struct.error):
+                total += sum(end - start for start, end in (place(tensors[name], file) for name, at in places.items() if at == file))
+            except (ModelError, KeyError, struct.error):
                 continue
         return total
 
@@ -284,6 +313,7 @@ class Hub:
         """Return an answer's body, or some bytes of it from a place on. Raises ModelError."""
         headers = {"Range": f"bytes={part[0]}-{part[0] + part[1] - 1}"} if part else {}
         secret = {"Authorization": f"Bearer {self.token}"} if self.token else {}
+        end = time.monotonic() + SLOWEST * self.timeout
         try:
             # No password of the host's own ~/.netrc goes to the hub.
             with open_url(
@@ -296,16 +326,25 @@ class Hub:
             ) as answer:
                 if part:
                     # A server that knows no ranges answers with the whole.
-                    skipped = answer.read(part[0]) if answer.status == 200 else b""
-                    return bytes(answer.read(part[1])) if len(skipped) <= part[0] else b""
-                body = bytes(answer.read(ANSWER_LIMIT + 1))
+                    self.body(answer, part[0] if answer.status == 200 else 0, model, end)
+                    return self.body(answer, part[1], model, end)
+                body = self.body(answer, ANSWER_LIMIT + 1, model, end)
         except HTTPError as error:
             raise ModelError(self.refusal(error, model, revision)) from None
-        except (URLError, OSError) as error:
+        except (URLError, OSError, HTTPException) as error:
             raise ModelError(f"no answer from {self.url} about {model}: {getattr(error, 'reason', error)}.") from None
         if len(body) > ANSWER_LIMIT:
             raise ModelError(f"{self.url} answers with more than {ANSWER_LIMIT:,} bytes about {model}, which is no description of a model.")
         return body
+
+    def body(self, answer: Any, most: int, model: str, end: float) -> bytes:
+        """Return at most so many bytes of an answer. Raises ModelError for one that comes in drops, which no timeout of the socket ends."""
+        found = bytearray()
+        while len(found) < most and (piece := answer.read1(min(65536, most - len(found)))):
+            found += piece
+            if time.monotonic() > end:
+                raise ModelError(f"{self.url} is too slow: it did not tell about {model} within {SLOWEST * self.timeout:g} s.")
+        return bytes(found)
 
     def refusal(self, error: HTTPError, model: str, revision: str) -> str:
         code = error.headers.get("X-Error-Code", "")
@@ -329,6 +368,19 @@ def base_of(about: Mapping[str, Any]) -> str:
     return base if isinstance(base, str) else ""
 
 
+def sizes_of(about: Mapping[str, Any], model: str) -> dict[str, int]:
+    """Return the size of each file of a repository, in bytes. Raises ModelError."""
+    files = about.get("siblings") or []
+    if not isinstance(files, list) or not all(isinstance(file, dict) and isinstance(file.get("rfilename"), str) for file in files):
+        raise ModelError(f"what the hub says about {model} does not list its files.")
+    return {file["rfilename"]: whole(file.get("size")) for file in files}
+
+
+def whole(value: Any) -> int:
+    return value if type(value) is int and 0 <= value < 2**53 else 0
+
+
 def float32_bytes(about: Mapping[str, Any]) -> int:
-    parameters = (about.get("safetensors") or {}).get("parameters") or {}
-    return 4 * int(parameters.get("F32") or 0)
+    counted = about.get("safetensors")
+    parameters = counted.get("parameters") if isinstance(counted, dict) else None
+    return 4 * whole(parameters.get("F32")) if isinstance(parameters, dict) else 0

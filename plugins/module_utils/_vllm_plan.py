@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ansible_collections.selfhosted.agent_stack.plugins.module_utils import _vllm_specs, _vllm_weights
+from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_ask import Answer, Unshared
 from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_cache import (
     BLOCK,
     Engine,
@@ -77,7 +78,10 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Shape:
-    """What config.json says about a model, as far as memory depends on it. `part` is the share of the layers that one host has."""
+    """What config.json says about a model, as far as memory depends on it.
+
+    `part` is the share of the layers that one host has, `asked` what vLLM itself said of a model that no formula knows.
+    """
 
     config: Config
     layers: int
@@ -95,6 +99,7 @@ class Shape:
     kv_element: int = 0
     known: bool = True
     part: float = 1.0
+    asked: Answer | None = None
 
     @property
     def architecture(self) -> str:
@@ -122,7 +127,10 @@ class Shape:
 
     def caches(self, cache: Cache) -> tuple[Layer, ...]:
         """Return what the layers keep on one GPU. Raises PlanError."""
-        layers = _vllm_specs.cache_layers(self.config, cache) if self.known else _vllm_specs.as_if_plain(self.config, cache)
+        if self.asked:
+            layers = self.asked.caches(cache.tensor_parallel, cache.element)
+        else:
+            layers = _vllm_specs.cache_layers(self.config, cache) if self.known else _vllm_specs.as_if_plain(self.config, cache)
         return layers if self.part == 1 else tuple(replace(layer, count=math.ceil(layer.count * self.part)) for layer in layers)
 
     def kv_bytes_per_token(self, tensor_parallel: int, element_bytes: int) -> int:
@@ -186,11 +194,23 @@ class Plan:
 # ---------------------------------------------------------------------------------------------------------------- the config
 
 
-def read_shape(config: Any, known_architectures: set[str] | None = None, methods: frozenset[str] = frozenset(), *, serve_unknown: bool = False) -> Shape:
-    """Return the shape that a config.json describes. Raises PlanError, and UnknownArchitecture unless those are to be served all the same."""
+def read_shape(
+    config: Any,
+    known_architectures: set[str] | None = None,
+    methods: frozenset[str] = frozenset(),
+    *,
+    serve_unknown: bool = False,
+    asked: Answer | None = None,
+) -> Shape:
+    """Return the shape that a config.json describes, or that vLLM itself `asked` what it is said.
+
+    Raises PlanError, and UnknownArchitecture for one without a formula, unless those are to be served all the same.
+    """
     read = read_config(config)
     if known_architectures and read.architecture not in known_architectures and not serve_unknown:
         raise PlanError(f"the architecture {read.architecture} is none that the pinned vLLM serves.")
+    if asked:
+        return asked_shape(read, asked, methods)
     known = True
     try:
         _vllm_specs.rule_of(read)
@@ -227,6 +247,29 @@ def read_shape(config: Any, known_architectures: set[str] | None = None, methods
     # Read once here, so that what is wrong with it is said before anything is planned.
     shape.caches(Cache())
     return shape
+
+
+def asked_shape(read: Config, asked: Answer, methods: frozenset[str]) -> Shape:
+    """Return the shape that vLLM itself said; what its files say of quantisation is read from them. Raises PlanError."""
+    described = read.get("quantization_config")
+    sizes = {"layers": 1, "hidden": 1, "vocabulary": 1} | {name: value for name, value in asked.sizes.items() if value}
+    return Shape(
+        config=read,
+        layers=sizes["layers"],
+        hidden=sizes["hidden"],
+        heads=sizes.get("heads", 0),
+        kv_heads=sizes.get("kv_heads", 0),
+        intermediate=sizes.get("intermediate", 0),
+        experts=sizes.get("experts", 0),
+        active_experts=sizes.get("active_experts", 0),
+        expert_intermediate=sizes.get("expert_intermediate", 0),
+        vocabulary=sizes["vocabulary"],
+        max_context=asked.max_context or max_context(read),
+        quantization=_vllm_weights.read_quantization(described, methods),
+        counted=asked.parameters,
+        kv_element=_vllm_weights.kv_element(described),
+        asked=asked,
+    )
 
 
 def _active_experts(config: Config) -> int:
@@ -348,9 +391,10 @@ def plan_on(shape: Shape, disk_bytes: int | None, gpu: Gpu, tensor_parallel: int
     """Return the plan for some number of GPUs like this one."""
     try:
         memory, batch = memory_on(shape, disk_bytes, gpu, tensor_parallel, wish)
-    except NoPool as error:
+    except (NoPool, Unshared) as error:
         nothing = Memory(loaded_bytes(shape, disk_bytes, gpu) // tensor_parallel, 0, 0, 0, 0, 0.0, 0)
-        return Plan(False, f"vLLM cannot put the model's layers into one pool on such GPUs: {error}.", "", gpu, tensor_parallel, 1, nothing, default_batch(gpu))
+        reason = str(error) if isinstance(error, Unshared) else f"vLLM cannot put the model's layers into one pool on such GPUs: {error}."
+        return Plan(False, reason, "", gpu, tensor_parallel, 1, nothing, default_batch(gpu))
     context = wish.context or max(1, min(shape.max_context, memory.longest_context))
     reason = _obstacle(shape, gpu, tensor_parallel) or _shortage(memory, gpu, tensor_parallel, wish, context)
     return Plan(not reason, reason, "", gpu, tensor_parallel, context, memory, batch)

@@ -599,8 +599,7 @@ BY_TYPE: dict[str, Rule] = {name: rule for rule, names in TYPES.items() for name
 # No record confirms these: vLLM's build for CPUs cannot construct them, or is older than they are. Their rules follow the source of 0.33.
 BY_SOURCE = frozenset(
     """
-    DeepseekV4ForCausalLM DeepseekV4ForConditionalGeneration Gemma3nForCausalLM KimiLinearForCausalLM
-    LongcatFlashForCausalLM MiMoV2FlashForCausalLM MiMoV2ForCausalLM OlmoHybridForCausalLM
+    KimiLinearForCausalLM LongcatFlashForCausalLM MiMoV2FlashForCausalLM MiMoV2ForCausalLM OlmoHybridForCausalLM
     """.split()  # noqa: SIM905 (a list of names, one a word)
 )
 

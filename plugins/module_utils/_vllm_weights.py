@@ -82,7 +82,9 @@ def read_quantization(config: Any, known: frozenset[str] = frozenset()) -> Quant
         return Quantization("bf16")
     name, group = _by_method(method, config, str(algorithm or "").upper())
     if known and method not in known and method not in ALIASES:
-        raise PlanError(f"config.json names the quantisation {plain(method)}, which the pinned vLLM does not serve; it serves {', '.join(sorted(known))}.")
+        outside = OUTSIDE.get(method, "")
+        served = f"it serves {', '.join(sorted(known))}."
+        raise PlanError(f"config.json names the quantisation {plain(method)}, which the pinned vLLM does not serve{outside}; {served}")
     if name == method and not known and method not in LINEAR_BITS:
         raise PlanError(f"config.json names the quantisation {method}, which this plan does not know.")
     return Quantization(name, group, method)
@@ -90,6 +92,10 @@ def read_quantization(config: Any, known: frozenset[str] = frozenset()) -> Quant
 
 # Names in published configurations that vLLM reads as another one's.
 ALIASES = frozenset({"auto-round"})
+# Quantisations that vLLM has only with a plugin (vllm-project/vllm#43529).
+OUTSIDE = {
+    "bitsandbytes": " (since 0.28 it needs the plugin vllm-bnb-plugin, which its image does not have; for an image that has it, vllm_plan_unknown: serve)",
+}
 
 
 def _by_method(method: str, config: dict[str, Any], algorithm: str) -> tuple[str, int]:

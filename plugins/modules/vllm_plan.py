@@ -83,10 +83,21 @@ options:
         result is then for the first of them that carries the model, so that no GPU is needed where this runs.
     type: bool
     default: false
+  image:
+    description:
+      - Reference of vLLM's image. An architecture whose caches no formula knows is then asked of vLLM itself, inside the image on this host, without
+        a GPU, a network or weights. It takes about half a minute. Where the image is not on the host yet, RV(pending) says so.
+    type: str
+    default: ""
+  asked_directory:
+    description: Directory on the host in which vLLM's answers are kept, by image and by the model's files. Empty means that none is kept.
+    type: path
+    default: ""
   unknown:
     description:
-      - What to do with an architecture whose caches no formula knows. V(refuse) fails, in check mode it warns. V(serve) plans it as if every layer kept
-        all tokens, and what the plan then says of its memory is a warning.
+      - What to do with an architecture whose caches no formula knows, and which vLLM is not asked for or does not build. V(refuse) fails, in check mode
+        it warns. V(serve) plans it as if every layer kept all tokens, and what the plan then says of its memory is a warning. It also serves a
+        quantisation or an architecture that the recorded vLLM does not have, for images with more in them.
     type: str
     choices: [refuse, serve]
     default: refuse
@@ -117,6 +128,9 @@ options:
   registry:
     description: The parsers and architectures of the vLLM that will serve. Without it, those of the pinned one from C(roles/vllm/files/vllm-registry.json).
     type: dict
+  asker:
+    description: The program that asks vLLM inside O(image). Without it, the collection's own from C(roles/vllm/files/ask_vllm.py).
+    type: str
 attributes:
   check_mode:
     description: The module only reads.
@@ -245,6 +259,17 @@ family_by:
   returned: success
   type: str
   sample: name
+planned_by:
+  description:
+    - V(formula), V(vllm) if vLLM itself was asked, or V(guess) for an architecture that neither knows.
+  returned: success
+  type: str
+  sample: formula
+pending:
+  description: Whether the model can only be planned once vLLM's image is on the host. The rest of the result is then a guess.
+  returned: success
+  type: bool
+  sample: false
 kind:
   description: V(chat), or V(guard) for a model that judges what others write.
   returned: success
@@ -312,6 +337,7 @@ from ansible_collections.selfhosted.agent_stack.plugins.module_utils import (  #
     _model_files,
     _nvml,
     _vllm_arguments,
+    _vllm_ask,
     _vllm_catalogue,
     _vllm_change,
     _vllm_plan,
@@ -324,21 +350,23 @@ from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_confi
 DISK_MARGIN = GIB
 
 
-def gpus_of(entries: list[dict[str, Any]], timeout: int) -> list[_vllm_plan.Gpu]:
-    """Return the GPUs that were given, or else the host's own. Raises PlanError."""
-    if not entries:
-        report = _nvml.gpu_report(shutil.which("nvidia-smi"), timeout)
-        if not report["gpus"]:
-            raise PlanError(f"there is no GPU to plan for ({report['reason']}); give one with gpus to plan for another host.")
-        if any(gpu["mig_mode"] == "enabled" for gpu in report["gpus"]):
-            # A model cannot be shared by instances, so the largest is all there is.
-            parts = [instance | {"compute_capability": gpu["compute_capability"]} for gpu in report["gpus"] for instance in gpu["mig_devices"] or [gpu]]
-            entries = [max(parts, key=lambda part: int(part["total_mib"]))]
-        else:
-            entries = report["gpus"]
+def host_gpus(timeout: int) -> list[dict[str, Any]]:
+    """Return the host's own GPUs. Raises PlanError."""
+    report = _nvml.gpu_report(shutil.which("nvidia-smi"), timeout)
+    if not report["gpus"]:
+        raise PlanError(f"there is no GPU to plan for ({report['reason']}); give one with gpus to plan for another host.")
+    if any(gpu["mig_mode"] == "enabled" for gpu in report["gpus"]):
+        # A model cannot be shared by instances, so the largest is all there is.
+        parts = [instance | {"compute_capability": gpu["compute_capability"]} for gpu in report["gpus"] for instance in gpu["mig_devices"] or [gpu]]
+        return [max(parts, key=lambda part: int(part["total_mib"]))]
+    return list(report["gpus"])
+
+
+def gpus_of(entries: list[dict[str, Any]]) -> list[_vllm_plan.Gpu]:
+    """Return GPUs as the plan has them. Raises PlanError."""
     try:
         return [gpu_of(entry) for entry in entries]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise PlanError(f"gpus has an entry without a usable number: {error}; total_mib is needed, in MiB.") from None
 
 
@@ -427,6 +455,8 @@ def warnings_of(
             found.append(f"The model judges what others write ({family['name']}); it calls no tools and makes no agent.")
     if files.chat_template is False and not (family and (family["chat_template"] or family["tokenizer_mode"])):
         found.append("The model has no chat template, so it is a base model: it continues a text, and vLLM answers no chat with it.")
+    if shape.asked:
+        found.append(f"No formula is known for the caches of {shape.architecture}; vLLM itself was asked for them.")
     if not shape.known:
         found.append(f"No formula is known for the caches of {shape.architecture}; they are counted as if every layer kept all tokens.")
     if shape.multimodal and not params["read"].text_only:
@@ -444,17 +474,43 @@ def warnings_of(
     return found
 
 
-def shape_of(config: dict[str, Any], registry: dict[str, Any], unknown: str, *, check_mode: bool) -> _vllm_plan.Shape:
-    """Return the model's shape. Raises PlanError, for an unknown architecture with the variable by which it is served all the same."""
+def shape_of(params: dict[str, Any], files: _model_files.ModelFiles, hub: _model_files.Hub | None, *, check_mode: bool) -> tuple[_vllm_plan.Shape, str]:
+    """Return the model's shape, and why it is pending, a sentence, or nothing.
+
+    A formula says it, or vLLM itself, or nobody. Raises PlanError, with the variable by which a model is served all the same.
+    """
+    registry, config, serve = params["registry"], files.config, params["unknown"] == "serve"
     known = set(registry.get("architectures", []))
-    methods = frozenset(registry.get("quantizations", []))
-    _vllm_catalogue.check_answers_with_text(next(iter(config.get("architectures") or [""]), "") if isinstance(config.get("architectures"), list) else "", known)
+    methods = frozenset() if serve else frozenset(registry.get("quantizations", []))
+    names = config.get("architectures")
+    _vllm_catalogue.check_answers_with_text(str(next(iter(names), "")) if isinstance(names, list) else "", known)
     try:
-        return _vllm_plan.read_shape(config, known, methods, serve_unknown=unknown == "serve")
+        return _vllm_plan.read_shape(config, known, methods), ""
     except UnknownArchitecture as error:
-        if check_mode:
-            return _vllm_plan.read_shape(config, known, methods, serve_unknown=True)
-        raise PlanError(f"{error} vllm_plan_unknown: serve serves it all the same.") from None
+        unknown = str(error)
+    except PlanError:
+        if not serve:
+            raise
+        return _vllm_plan.read_shape(config, known, methods, serve_unknown=True), ""
+    pending = ""
+    if params["image"]:
+        try:
+            return _vllm_plan.read_shape(config, known, methods, asked=asked(params, files, hub, check_mode=check_mode)), ""
+        except _vllm_ask.ImageAbsent as error:
+            pending = f"{unknown} It will be planned by vLLM itself once the image is there: {error}"
+        except (PlanError, _model_files.ModelError) as error:
+            unknown = f"{unknown} {error}"
+    if serve or check_mode or pending:
+        return _vllm_plan.read_shape(config, known, methods, serve_unknown=True), pending
+    raise PlanError(f"{unknown} vllm_plan_unknown: serve serves it all the same.")
+
+
+def asked(params: dict[str, Any], files: _model_files.ModelFiles, hub: _model_files.Hub | None, *, check_mode: bool) -> _vllm_ask.Answer:
+    """Return what vLLM itself says of a model. Raises ImageAbsent, PlanError and ModelError."""
+    small = _model_files.read_small(files, params["model"], hub)
+    numbers = _vllm_ask.counts(8 if params["survey"] else len(params["gpus"]), params["tensor_parallel_size"])
+    kept = Path(params["asked_directory"]) if params["asked_directory"] and not check_mode else None
+    return _vllm_ask.ask(shutil.which("docker"), params["image"], params["asker"], small, numbers, kept)
 
 
 def wish_of(params: dict[str, Any]) -> _vllm_plan.Wish:
@@ -476,6 +532,15 @@ def wish_of(params: dict[str, Any]) -> _vllm_plan.Wish:
     )
 
 
+def layers_of(shape: _vllm_plan.Shape, plan: _vllm_plan.Plan, params: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what the layers keep on each GPU, nothing if vLLM does not share them among so many."""
+    cache = _vllm_specs.Cache(plan.tensor_parallel, _vllm_plan.element_bytes(shape, wish_of(params), plan.gpu))
+    try:
+        return list(_vllm_specs.describe(shape.caches(cache)))
+    except _vllm_ask.Unshared:
+        return []
+
+
 def first_that_fits(surveyed: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the smallest GPUs of a survey that carry the model, and the largest where none does."""
     rows = [row for row in surveyed if row["fits"]] or surveyed[-1:]
@@ -486,18 +551,20 @@ def first_that_fits(surveyed: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def make_result(params: dict[str, Any], *, check_mode: bool = False) -> dict[str, Any]:
     """Return the module's result. Raises PlanError or ModelError."""
-    registry, catalogue = params["registry"], params["catalogue"]
+    catalogue = params["catalogue"]
     hub = _model_files.Hub(params["hub_url"], params["token"], params["timeout"]) if params["hub_url"] else None
     if not 0 < params["gpu_memory_utilization"] <= 1:
         raise PlanError(f"the utilisation is {params['gpu_memory_utilization']:g}; allowed is more than 0 and at most 1.")
     params = params | {"read": _vllm_arguments.read_arguments(params["extra_arguments"])}
     files = _model_files.find_model(params["model"], params["revision"], [Path(path) for path in params["directories"]], hub)
-    shape = shape_of(files.config, registry, params["unknown"], check_mode=check_mode)
+    given = params["gpus"] or ([] if params["survey"] else host_gpus(params["timeout"]))
+    params = params | {"gpus": given}
+    shape, pending = shape_of(params, files, hub, check_mode=check_mode)
     name = os.path.basename(params["model"].rstrip("/")) if params["model"].startswith("/") else params["model"]
     family = _vllm_catalogue.match_family(catalogue.get("families", []), name, shape.architecture)
     parsers = parsers_of(params, family)
     surveyed = _vllm_survey.survey(shape, files.weight_bytes, wish_of(params)) if params["survey"] else []
-    gpus = gpus_of(first_that_fits(surveyed) if surveyed else params["gpus"], params["timeout"])
+    gpus = gpus_of(first_that_fits(surveyed) if surveyed else given)
     wish = wish_of(params | ({"tensor_parallel_size": len(gpus)} if surveyed else {}))
     plan = _vllm_plan.make_plan(shape, files.weight_bytes, gpus, wish)
     serving = _vllm_change.read_serving(params["serving"], params["model"], plan.gpu.total_mib)
@@ -513,9 +580,9 @@ def make_result(params: dict[str, Any], *, check_mode: bool = False) -> dict[str
             faster["environment"].update(entry["environment"])
     together = plan.tensor_parallel * params["pipeline_parallel_size"]
     on = "1 GPU" if together == 1 else f"each of {together} GPUs"
-    warnings = warnings_of(plan, swap, shape, family, params, files)
+    warnings = ([pending] if pending else []) + warnings_of(plan, swap, shape, family, params, files)
     # A guess refuses nothing.
-    guessed = not shape.known and not plan.fits and params["unknown"] == "serve"
+    guessed = not shape.known and not plan.fits and (params["unknown"] == "serve" or bool(pending))
     if guessed:
         warnings.append(f"By that count it does not fit: {plan.reason}")
     fits = plan.fits or guessed
@@ -535,13 +602,15 @@ def make_result(params: dict[str, Any], *, check_mode: bool = False) -> dict[str
         "concurrent_contexts": round(memory.contexts, 2),
         "kv_tokens": memory.kv_tokens,
         "kv_bytes_per_token": memory.kv_bytes_per_token,
-        "layers": _vllm_specs.describe(shape.caches(_vllm_specs.Cache(plan.tensor_parallel, _vllm_plan.element_bytes(shape, wish_of(params), plan.gpu)))),
+        "layers": layers_of(shape, plan, params),
         "weights_mib": memory.weights // MIB,
         "overhead_mib": memory.overhead // MIB,
         "kv_cache_mib": memory.kv_cache // MIB,
         "tensor_parallel_size": plan.tensor_parallel,
         "family": family["name"] if family else "",
         "family_by": "" if family is None else "name" if family["names"] else "architecture",
+        "planned_by": "vllm" if shape.asked else "formula" if shape.known else "guess",
+        "pending": bool(pending),
         "kind": (family["kind"] if family else "") or "chat",
         "tool_call_parser": parsers["tool_call"],
         "reasoning_parser": parsers["reasoning"],
@@ -582,6 +651,8 @@ def main() -> None:
             "kv_cache_dtype": {"type": "str", "choices": ["auto", "fp8", "fp8_e4m3", "fp8_e5m2", "bfloat16", "float16"], "default": "auto"},
             "extra_arguments": {"type": "list", "elements": "str", "default": []},
             "survey": {"type": "bool", "default": False},
+            "image": {"type": "str", "default": ""},
+            "asked_directory": {"type": "path", "default": ""},
             "unknown": {"type": "str", "choices": ["refuse", "serve"], "default": "refuse"},
             "tool_call_parser": {"type": "str", "default": "auto"},
             "reasoning_parser": {"type": "str", "default": "auto"},
@@ -590,11 +661,14 @@ def main() -> None:
             "timeout": {"type": "int", "default": 30},
             "catalogue": {"type": "dict"},
             "registry": {"type": "dict"},
+            "asker": {"type": "str"},
         },
         supports_check_mode=True,
     )
-    # The action plugin gives both. Without it, as with `delegate_to` from another tool, nothing is known and nothing refused.
+    # The action plugin gives all three. Without it, as with `delegate_to` from another tool, nothing is known and nothing refused.
     params = module.params | {"catalogue": module.params["catalogue"] or {}, "registry": module.params["registry"] or {}}
+    if not params["asker"]:
+        params["image"] = ""
     try:
         result = make_result(params, check_mode=module.check_mode)
     except (PlanError, _model_files.ModelError) as error:

@@ -44,6 +44,9 @@ def plan_parameters(model: str, **params: Any) -> dict[str, Any]:
         "kv_cache_dtype": "auto",
         "extra_arguments": [],
         "unknown": "refuse",
+        "image": "",
+        "asked_directory": "",
+        "asker": "",
         "survey": False,
         "tool_call_parser": "auto",
         "reasoning_parser": "auto",
@@ -235,7 +238,7 @@ def test_mig_leaves_the_largest_instance(monkeypatch: pytest.MonkeyPatch) -> Non
     parts = [{"uuid": f"MIG-{size}", "name": f"MIG {size}", "total_mib": size, "used_mib": 0, "free_mib": size, "reserved_mib": 0} for size in (10000, 40448)]
     report = {"gpus": [{"mig_mode": "enabled", "mig_devices": parts, "compute_capability": "9.0", "total_mib": 81559}], "reason": ""}
     monkeypatch.setattr(vllm_plan._nvml, "gpu_report", lambda executable, timeout: report)
-    assert [gpu.total_mib for gpu in vllm_plan.gpus_of([], 5)] == [40448]
+    assert [gpu["total_mib"] for gpu in vllm_plan.host_gpus(5)] == [40448]
 
 
 def ansible(arguments: dict[str, Any]) -> tuple[int, str]:
