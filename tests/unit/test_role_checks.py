@@ -48,6 +48,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"postgres_max_connections": 19}, "postgres_max_connections is 19; allowed is a whole number from 20 to 10000."),
     ({"postgres_memory_limit_mib": 256, "postgres_shared_buffers_mib": 129}, "postgres_shared_buffers_mib is 129; allowed is a whole number from 16 to 128."),
     ({"logrotate_keep": 366}, "logrotate_keep is 366; allowed is a whole number from 1 to 365."),
+    ({"nginx_certbot_more_domains": ["Chat.example.com"]}, 'nginx_certbot_more_domains is ["Chat.example.com"]. Allowed: up to 99 host names'),
+    ({"nginx_certbot_more_domains": ["agent.example.com"]}, 'nginx_certbot_more_domains is ["agent.example.com"]. Allowed: up to 99 host names'),
+    ({"nginx_certbot_more_domains": ["a.example.com; root /"]}, 'nginx_certbot_more_domains is ["a.example.com; root /"]. Allowed:'),
+    ({"nginx_certbot_certificate": "own"}, "nginx_certbot_own_certificate is ''. Allowed with nginx_certbot_certificate=own: the absolute path of"),
+    (
+        {"nginx_certbot_certificate": "own", "nginx_certbot_own_certificate": "/a.pem", "nginx_certbot_own_key": "key.pem"},
+        "nginx_certbot_own_key is 'key.pem'. Allowed with nginx_certbot_certificate=own",
+    ),
     ({"nginx_certbot_requests_per_second": 0}, "nginx_certbot_requests_per_second is 0; allowed is a whole number from 1 to 10000."),
     *(({name: [443, port]}, f"{name} is [443, {shown}]; allowed is a list of ports from 1 to 65535.") for name, port, shown in BAD_PORTS),
     *(
