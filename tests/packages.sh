@@ -1,6 +1,6 @@
 #!/bin/sh
 # Installs the Debian packages that the tests run for real, where they are missing: Postgres, Redis, nginx,
-# HAProxy, promtool, Chromium, Node, and a compiler for the driver of the scenario `nvidia`.
+# HAProxy, promtool, Chromium, Node, nftables, iptables and iproute2, and a compiler for the driver of the scenario `nvidia`.
 # Nothing is started: the tests start servers of their own, on free loopback ports.
 set -eu
 missing=
@@ -11,6 +11,9 @@ PATH="$PATH:/usr/sbin" command -v haproxy >/dev/null || missing="$missing haprox
 command -v promtool >/dev/null || missing="$missing prometheus"
 command -v chromium >/dev/null || missing="$missing chromium fonts-dejavu-core"
 { command -v gcc && [ -e /usr/include/stdlib.h ]; } >/dev/null || missing="$missing gcc libc6-dev"
+PATH="$PATH:/usr/sbin" command -v nft >/dev/null || missing="$missing nftables"
+PATH="$PATH:/usr/sbin" command -v iptables >/dev/null || missing="$missing iptables"
+command -v ip >/dev/null || missing="$missing iproute2"
 command -v node >/dev/null || missing="$missing nodejs"
 command -v chromedriver >/dev/null || missing="$missing chromium-driver"
 [ -n "$missing" ] || exit 0

@@ -13,7 +13,7 @@ metrics               what Prometheus scrapes: {job, target}; with `per_host: tr
                       of the target
 ports                 the role's variable with a port, or the port itself: who reaches it, one of `loopback`, `peers` and `all`
 networks              names of the networks that its containers are in, without the prefix agent-stack-
-uid                   the user that its containers run as
+uid                   the user that its containers run as; `uids` where several services have one each: SERVICE: uid. No two services have the same
 directories           {path, owner, mode}, as the module file_tree has them; {root} is agent_stack_root and {data} is agent_stack_data_dir
 optional_directories  PART: directories that only a part needs which may be off
 """
@@ -28,6 +28,8 @@ from typing import Any
 
 import yaml
 
+# The user of everything that has none of its own.
+NOBODY = 65534
 REACH = ("loopback", "peers", "all")
 
 
@@ -47,12 +49,13 @@ class Component:
     ports: Mapping[str, str] = field(default_factory=dict)
     networks: list[str] = field(default_factory=list)
     uid: int = 0
+    uids: Mapping[str, int] = field(default_factory=dict)
     directories: list[Mapping[str, Any]] = field(default_factory=list)
     optional_directories: Mapping[str, list[Mapping[str, Any]]] = field(default_factory=dict)
 
 
 KINDS: dict[str, tuple[type, str]] = {
-    **dict.fromkeys(("images", "base_images", "ports", "optional_directories"), (dict, "a mapping")),
+    **dict.fromkeys(("images", "base_images", "ports", "uids", "optional_directories"), (dict, "a mapping")),
     **dict.fromkeys(("secrets", "metrics", "networks", "directories"), (list, "a list")),
     "uid": (int, "a number"),
 }
@@ -64,6 +67,7 @@ def load(roles: Path) -> dict[str, Component]:
     components = {path.parent.parent.name: read(path) for path in sorted(roles.glob("*/meta/component.yml"))}
     for kind in ("images", "base_images", "secrets", "ports"):
         _each_once(kind, components.values())
+    users(components.values())
     return components
 
 
@@ -100,6 +104,21 @@ def base_images(components: Iterable[Component]) -> dict[str, str]:
 def secrets(components: Iterable[Component]) -> list[str]:
     """Return the names of all secrets, in alphabetical order."""
     return sorted(name for component in components for name in component.secrets)
+
+
+def users(components: Iterable[Component]) -> dict[int, str]:
+    """Return whose each uid is, as COMPONENT or COMPONENT/SERVICE.
+
+    Raises ComponentError for one that two have: what runs as the same user reads the other's secrets below /proc. The host's nobody and root are no one's.
+    """
+    owners: dict[int, str] = {}
+    for component in components:
+        for name, uid in {component.name: component.uid, **{f"{component.name}/{service}": uid for service, uid in component.uids.items()}}.items():
+            if (uid or "/" in name) and not (isinstance(uid, int) and 0 < uid < NOBODY):
+                raise ComponentError(f"{name} has the uid {uid!r}; allowed is a number from 1 to {NOBODY - 1}.")
+            if uid and owners.setdefault(uid, name) != name:
+                raise ComponentError(f"{name} and {owners[uid]} both have the uid {uid}; allowed is one of its own for each.")
+    return owners
 
 
 def scrape_configs(components: Iterable[Component], host: str, serving: list[str]) -> list[dict[str, Any]]:

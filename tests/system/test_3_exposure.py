@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import demo
@@ -48,6 +48,93 @@ def test_every_container_is_confined(containers: Containers) -> None:
         assert host["PidsLimit"], name
         assert host["RestartPolicy"]["Name"] == "unless-stopped", name
         assert not any(mount["Source"].endswith("docker.sock") for mount in item["Mounts"]), name
+
+
+# A machine on the host's network: its packets arrive at the interface up0, and it knows the way to every address of the host's containers.
+NEIGHBOUR = """
+ip netns add neighbour
+ip link add up0 type veth peer name eth0 netns neighbour
+ip address add 10.99.0.1/24 dev up0; ip link set up0 up; echo 1 > /proc/sys/net/ipv4/conf/up0/route_localnet
+ip -n neighbour address add 10.99.0.2/24 dev eth0; ip -n neighbour link set eth0 up
+ip netns exec neighbour sh -c 'echo 1 > /proc/sys/net/ipv4/conf/all/route_localnet; echo 1 > /proc/sys/net/ipv4/conf/eth0/route_localnet'
+ip -n neighbour route add default via 10.99.0.1; ip -n neighbour route add 127.0.0.0/8 via 10.99.0.1
+"""
+REACHED = """
+import json, socket, sys
+from concurrent.futures import ThreadPoolExecutor
+def reached(address):
+    try:
+        socket.create_connection(address, 2).close()
+    except OSError:
+        return False
+    return True
+addresses = [tuple(address) for address in json.loads(sys.argv[1])]
+with ThreadPoolExecutor(64) as pool:
+    print(json.dumps([address for address, answer in zip(addresses, pool.map(reached, addresses)) if answer]))
+"""
+
+
+@pytest.fixture
+def neighbour(on_host: Callable[..., str]) -> Iterator[Callable[..., list[list[Any]]]]:
+    """Asks, from there or from the host, which of some addresses answer."""
+    on_host("sh", "-euc", NEIGHBOUR)
+
+    def reached(addresses: list[list[Any]], host: bool = False) -> list[list[Any]]:
+        enter = () if host else ("ip", "netns", "exec", "neighbour")
+        answer: list[list[Any]] = json.loads(on_host(*enter, "python3", "-c", REACHED, json.dumps(addresses)))
+        return answer
+
+    yield reached
+    on_host("ip", "link", "delete", "up0")
+    on_host("ip", "netns", "delete", "neighbour")
+
+
+def listening(on_host: Callable[..., str], item: dict[str, Any]) -> list[list[Any]]:
+    """Every TCP port of a container, on each address that it has in a network."""
+    enter = ("nsenter", "--target", str(item["State"]["Pid"]), "--net")
+    ports = {line.split()[3].rpartition(":")[2] for line in on_host(*enter, "ss", "--listening", "--tcp", "--numeric", "--no-header").splitlines()}
+    networks = item["NetworkSettings"]["Networks"].values()
+    addresses = [address for network in networks for address in (network["IPAddress"], network["GlobalIPv6Address"]) if address]
+    return [[address, int(port)] for address in addresses for port in sorted(ports)]
+
+
+EVENTS = {
+    "nothing": "true",
+    "Docker was restarted": "systemctl restart docker",
+    "Docker was reloaded": "systemctl reload docker",
+    "nftables was loaded": "systemctl reload-or-restart nftables && systemctl restart docker",
+}
+
+
+@pytest.mark.parametrize("event", EVENTS)
+def test_a_neighbour_reaches_no_container(
+    on_host: Callable[..., str],
+    containers: Containers,
+    neighbour: Callable[..., list[list[Any]]],
+    wait_until_ready: Callable[[float], float],
+    event: str,
+) -> None:
+    on_host("sh", "-euc", EVENTS[event])
+    wait_until_ready(60)
+    every = [address for item in containers().values() for address in listening(on_host, item)]
+    every += [["127.0.0.1", port] for port in (8080, 9090, 9093)]
+    assert len(every) > 15
+    # From the host most of them answer, so a neighbour's silence says something.
+    assert len(neighbour(every, host=True)) > 10
+    assert neighbour([["10.99.0.1", 80], ["10.99.0.1", 443]]) == [["10.99.0.1", 80], ["10.99.0.1", 443]]
+    assert neighbour(every) == []
+
+
+def test_without_the_rules_a_neighbour_does(on_host: Callable[..., str], containers: Containers, neighbour: Callable[..., list[list[Any]]]) -> None:
+    """What the drill above would see. An engine that is new enough forwards nothing of the kind either, but for the loopback address."""
+    every = [address for item in containers().values() for address in listening(on_host, item)] + [["127.0.0.1", 8080]]
+    on_host("systemctl", "stop", "agent-stack-firewall.service")
+    try:
+        on_host("nft", "delete", "table", "inet", "agent_stack")
+        assert ["127.0.0.1", 8080] in neighbour(every)
+    finally:
+        on_host("systemctl", "start", "agent-stack-firewall.service")
+    assert neighbour(every) == []
 
 
 def python_in(on_host: Callable[..., str], container: str, code: str) -> str:

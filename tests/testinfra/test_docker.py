@@ -66,3 +66,13 @@ def test_stack_starts_on_boot(host: Host) -> None:
 
 def test_unit_is_sandboxed(host: Host) -> None:
     assert host.run("systemd-analyze security --no-pager --threshold=20 agent-stack@redis.service").rc == 0
+
+
+def test_no_two_containers_run_as_one_user(host: Host) -> None:
+    """What runs as the same user reads the other's secrets through /proc, and nobody's user is the host's too."""
+    ids = host.check_output("docker ps --quiet --filter name=^agent-stack-").split()
+    users = {item["Name"]: item["Config"]["User"].partition(":")[0] for item in json.loads(host.check_output("docker inspect {}".format(" ".join(ids))))}
+    # Two slots of one model are one program.
+    own = {name.replace("vllm-green", "vllm-blue"): user for name, user in users.items()}
+    assert len(set(own.values())) == len(own), own
+    assert not {"", "0", "root", "65534", "nobody"} & set(own.values())

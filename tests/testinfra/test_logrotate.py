@@ -30,9 +30,9 @@ def test_container_logs_are_left_to_docker(rules: CommandResult) -> None:
     assert "/var/lib/docker" not in rules.stderr
 
 
-def test_sizes_are_looked_at_every_hour(host: Host) -> None:
+def test_sizes_are_looked_at_every_minute(host: Host) -> None:
     timer = host.service("logrotate.timer")
     assert timer.is_running
     assert timer.is_enabled
     schedule = host.check_output("systemctl show logrotate.timer --property=TimersCalendar --value")
-    assert re.findall(r"OnCalendar=([^;]+?) ;", schedule) == ["*-*-* *:00:00"]
+    assert re.findall(r"OnCalendar=([^;]+?) ;", schedule) == ["*-*-* *:*:00"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from ansible_collections.selfhosted.agent_stack.plugins.plugin_utils import _components
+from ansible_collections.selfhosted.agent_stack.plugins.plugin_utils import _components, _vllm_service
 from programs import ROOT
 
 ROLES = ROOT / "roles"
@@ -148,6 +149,43 @@ def declare(directory: Path, **components: str) -> Path:
 def test_a_bad_declaration_is_a_sentence(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(_components.ComponentError, match=message):
         _components.load(declare(tmp_path, one=text))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("uid: 1000", "two and one both have the uid 1000; allowed is one of its own for each."),
+        ("uids: {a: 1, b: 1000}", "two/b and one both have the uid 1000"),
+        ("uids: {a: 7, b: 7}", "two/b and two/a both have the uid 7"),
+        ("uid: 65534", "two has the uid 65534; allowed is a number from 1 to 65533."),
+        ("uids: {a: 0}", "two/a has the uid 0; allowed is"),
+        ("uids: {a: root}", "two/a has the uid 'root'; allowed is"),
+        ("uid: -1", "two has the uid -1; allowed is"),
+    ],
+)
+def test_every_service_has_a_user_of_its_own(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(_components.ComponentError, match=message):
+        _components.load(declare(tmp_path, one="uid: 1000", two=text))
+
+
+def test_the_users_of_the_stack_are_those_that_its_projects_and_images_have() -> None:
+    components = _components.load(ROLES)
+    owners = _components.users(components.values())
+    assert set(owners.values()) >= {"agent", "postgres", "redis", "vllm/gateway", "vllm/server", "monitoring/prometheus", "monitoring/node-exporter"}
+    assert components["vllm"].uids["server"] == _vllm_service.UID == yaml.safe_load((ROLES / "vllm" / "vars" / "main.yml").read_text())["__vllm_uid"]
+    assert f'user: "{components["vllm"].uids["gateway"]}:' in (ROLES / "vllm" / "templates" / "compose.yml.j2").read_text()
+    images = {"agent": "files/agent", "redis": "files/images/redis", "postgres": "files/images/postgres"}
+    for name, context in images.items():
+        assert f"USER {components[name].uid}:{components[name].uid}\n" in (ROOT / context / "Dockerfile").read_text(), name
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parent / "data" / "rendered").glob("defaults-*.json")), ids=lambda path: path.stem)
+def test_no_two_services_of_a_project_run_as_one_user(path: Path) -> None:
+    """But for the one-shot steps of a service, which do its work on its own files."""
+    services = {name: service for name, service in json.loads(path.read_text()).get("services", {}).items() if not service.get("profiles")}
+    users = [service["user"].partition(":")[0] for service in services.values()]
+    assert len(set(users)) == len(users)
+    assert not {"0", "65534", "root", "nobody"} & set(users)
 
 
 @pytest.mark.parametrize(

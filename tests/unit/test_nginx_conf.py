@@ -11,10 +11,11 @@ import shutil
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from http.client import HTTPSConnection
+from http.client import HTTPConnection, HTTPSConnection, RemoteDisconnected
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -67,45 +68,78 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def render(directory: Path, upstream: int) -> str:
-    """The template as Ansible renders it, for a host with nginx as Debian 12 has it, with its paths below `directory`."""
+NAMES = [DOMAIN, "other.example.com"]
+# As Debian's package has it, with a site of somebody else.
+MAIN = """
+{user}
+pid {directory}/pid;
+error_log {directory}/error.log;
+events {{ worker_connections 768; }}
+http {{
+    client_body_temp_path {directory}/client_body; proxy_temp_path {directory}/proxy; fastcgi_temp_path {directory}/fastcgi;
+    uwsgi_temp_path {directory}/uwsgi; scgi_temp_path {directory}/scgi;
+    sendfile on;
+    tcp_nopush on;
+    types_hash_max_size 2048;
+    default_type application/octet-stream;
+    ssl_protocols TLSv1 TLSv1.1 TLSv1.2 TLSv1.3;
+    ssl_prefer_server_ciphers on;
+    access_log {directory}/access.log;
+    gzip on;
+    include {directory}/agent-stack.conf;
+    server {{
+        listen 127.0.0.1:80;
+        server_name neighbour.example.com;
+        location / {{ proxy_pass http://127.0.0.1:{upstream}; }}
+    }}
+}}
+"""
+
+
+def render(name: str, directory: Path, upstream: int, **values: Any) -> str:
+    """A template as Ansible renders it, for a host with nginx as Debian 12 has it, with its paths below `directory`."""
     environment = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)  # noqa: S701  no HTML
     environment.filters["comment"] = lambda text: f"# {text}"
-    text = environment.from_string((ROLE / "templates" / "nginx.conf.j2").read_text()).render(
-        ansible_managed="managed",
-        agent_stack_domain=DOMAIN,
-        nginx_certbot_upstream=f"127.0.0.1:{upstream}",
-        nginx_certbot_requests_per_second=1000,
-        nginx_certbot_connections_per_client=100,
-        nginx_certbot_read_timeout_seconds=120,
-        __nginx_certbot_curves=["X25519", "prime256v1"],
-        __nginx_certbot_ipv6={"stat": {"exists": False}},
-        __nginx_certbot_http2_directive=False,
-        __nginx_certbot_can_reject_handshake=True,
-        __nginx_certbot_trusted=False,
-        __nginx_certbot_served=directory,
-        __nginx_certbot_placeholder=directory,
-        __nginx_certbot_htpasswd=directory / "htpasswd",
-        __nginx_certbot_proxy_secret=directory / "proxy_secret.conf",
-        __nginx_certbot_webroot=directory,
-    )
-    text = re.sub(r"(?m)^user .*\n", "user root;\n" if os.geteuid() == 0 else "", text)
-    temporary = "".join(f"{kind}_temp_path {directory}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
-    text = text.replace("http {", "http { " + temporary, 1)
-    text = re.sub(r"(?m)^ *include /etc/nginx/.*\n", "", text)
-    return text.replace("/run/nginx.pid", f"{directory}/pid").replace("/var/log/nginx", str(directory))
+    settings = {
+        "ansible_managed": "managed",
+        "agent_stack_domain": DOMAIN,
+        "nginx_certbot_upstream": f"127.0.0.1:{upstream}",
+        "nginx_certbot_requests_per_second": 1000,
+        "nginx_certbot_connections_per_client": 100,
+        "nginx_certbot_read_timeout_seconds": 120,
+        "__nginx_certbot_curves": ["X25519", "prime256v1"],
+        "__nginx_certbot_ipv6": {"stat": {"exists": False}},
+        "__nginx_certbot_http2_directive": False,
+        "__nginx_certbot_can_reject_handshake": True,
+        "__nginx_certbot_trusted": False,
+        "__nginx_certbot_names": NAMES,
+        "__nginx_certbot_taken": [],
+        "__nginx_certbot_chain": directory / "fullchain.pem",
+        "__nginx_certbot_key": directory / "privkey.pem",
+        "__nginx_certbot_placeholder": directory,
+        "__nginx_certbot_login": directory / "login.conf",
+        "__nginx_certbot_tls": directory / "tls.conf",
+        "__nginx_certbot_socket": directory / "login.sock",
+        "__nginx_certbot_proxy_secret": directory / "proxy_secret.conf",
+        "__nginx_certbot_webroot": directory,
+    }
+    text = environment.from_string((ROLE / "templates" / name).read_text()).render(settings | values)
+    return text.replace("/var/log/nginx", str(directory))
 
 
 class Edge:
-    def __init__(self, port: int, directory: Path) -> None:
+    def __init__(self, http: int, port: int, directory: Path) -> None:
+        self.http = http
         self.port = port
         self.directory = directory
+        # Wrong passwords are counted for each address.
+        self.source = "127.0.0.1"
 
     def connect(self) -> HTTPSConnection:
         context = ssl.create_default_context(cafile=str(self.directory / "fullchain.pem"))
         connection = HTTPSConnection(DOMAIN, self.port, context=context, timeout=10)
         # The name is not in the DNS.
-        connection.sock = context.wrap_socket(socket.create_connection(("127.0.0.1", self.port), 10), server_hostname=DOMAIN)
+        connection.sock = context.wrap_socket(socket.create_connection(("127.0.0.1", self.port), 10, (self.source, 0)), server_hostname=DOMAIN)
         return connection
 
     def ask(self, path: str, headers: dict[str, str] | None = None, body: bytes | None = None) -> tuple[int, Any]:
@@ -139,14 +173,24 @@ def edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
         check=True,
         capture_output=True,
     )
-    crypted = subprocess.run(["openssl", "passwd", "-apr1", PASSWORD], check=True, capture_output=True, text=True).stdout
-    (directory / "htpasswd").write_text(f"agent:{crypted}")
+    program = ROLE / "files" / "login.py"
+    hashed = subprocess.run([sys.executable, program, "hash", "agent"], input=PASSWORD.encode(), capture_output=True, check=True).stdout.decode()
+    (directory / "passwords").write_text(hashed)
     (directory / "proxy_secret.conf").write_text(f'proxy_set_header X-Proxy-Secret "{SECRET}";\n')
     http, https = free_port(), free_port()
-    text = render(directory, upstream.server_port)
-    text = text.replace("listen 80", f"listen 127.0.0.1:{http}").replace("listen 443", f"listen 127.0.0.1:{https}")
+    for name in ("agent-stack.conf", "login.conf", "tls.conf"):
+        text = render(f"{name}.j2", directory, upstream.server_port)
+        (directory / name).write_text(text.replace("listen 80", f"listen 127.0.0.1:{http}").replace("listen 443", f"listen 127.0.0.1:{https}"))
     configuration = directory / "nginx.conf"
-    configuration.write_text(text)
+    main = MAIN.format(user="user root;" if os.geteuid() == 0 else "", directory=directory, upstream=upstream.server_port)
+    configuration.write_text(main.replace("127.0.0.1:80;", f"127.0.0.1:{http};"))
+    # As systemd hands its socket over.
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(directory / "login.sock"))
+    listener.listen(128)
+    handed = "import os, sys; os.dup2(int(sys.argv[1]), 3); os.execv(sys.executable, [sys.executable, '-B', *sys.argv[2:]])"
+    command = [sys.executable, "-c", handed, str(listener.fileno()), str(program), "serve", str(directory / "passwords")]
+    login = subprocess.Popen(command, pass_fds=(listener.fileno(),))
     command = [nginx, "-p", str(directory), "-e", str(directory / "error.log"), "-c", str(configuration)]
     check = subprocess.run([*command, "-t"], capture_output=True, text=True, check=False)
     assert check.returncode == 0, check.stderr
@@ -159,11 +203,19 @@ def edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
                 if probe.connect_ex(("127.0.0.1", https)) == 0:
                     break
             time.sleep(0.05)
-        yield Edge(https, directory)
+        yield Edge(http, https, directory)
     finally:
         server.terminate()
         server.wait(10)
+        login.kill()
+        login.wait()
+        listener.close()
         upstream.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def _a_client_of_its_own(edge: Edge) -> None:
+    edge.source = f"127.0.1.{int(edge.source.rpartition('.')[2]) % 254 + 1}"
 
 
 PATHS = ["/", "/chat", "/threads/search", "/runs/wait", "/openai/v1/chat/completions", "/metrics", "/ready"]
@@ -215,7 +267,7 @@ def test_health_is_open_and_speaks_for_nobody(edge: Edge) -> None:
 
 def test_the_clients_address_is_set_not_appended(edge: Edge) -> None:
     seen = edge.seen("/chat", {"X-Api-Key": KEY, "X-Forwarded-For": "10.0.0.1", "Forwarded": "for=10.0.0.1", "X-Real-IP": "10.0.0.1"})
-    assert (seen["x-forwarded-for"], seen["x-real-ip"]) == ("127.0.0.1", "127.0.0.1")
+    assert (seen["x-forwarded-for"], seen["x-real-ip"]) == (edge.source, edge.source)
     assert "forwarded" not in seen
 
 
@@ -240,9 +292,102 @@ def test_events_are_not_held_back(edge: Edge, path: str) -> None:
     assert all(later - earlier > 0.2 for earlier, later in itertools.pairwise(times))
 
 
-def test_no_key_and_no_password_is_logged(edge: Edge) -> None:
-    edge.seen("/chat", {"X-Api-Key": KEY})
-    edge.seen("/chat", {"Authorization": BASIC})
-    log = (edge.directory / "access.log").read_text() + (edge.directory / "error.log").read_text()
-    assert "/chat" in log
-    assert not [secret for secret in (KEY, SECRET, PASSWORD, BASIC[6:]) if secret in log]
+def logged(edge: Edge) -> list[dict[str, Any]]:
+    return [json.loads(entry) for entry in (edge.directory / "agent-stack.access.log").read_text().splitlines()]
+
+
+def test_the_log_is_json_without_keys_passwords_and_queries(edge: Edge) -> None:
+    edge.seen("/chat?key=inthequery", {"X-Api-Key": KEY})
+    edge.seen("/chat", {"Authorization": BASIC, "User-Agent": 'odd "agent"\\'})
+    edge.ask("/chat", {"Authorization": "Basic eDp5"})
+    everything = "".join(path.read_text() for path in edge.directory.glob("*.log"))
+    assert not [secret for secret in (KEY, SECRET, PASSWORD, BASIC[6:], "inthequery", "eDp5") if secret in everything]
+    asked, right, wrong = [entry for entry in logged(edge) if entry["path"] == "/chat"][-3:]
+    assert (asked["status"], asked["user"], asked["method"], asked["client"]) == (200, "", "GET", edge.source)
+    assert (right["status"], right["user"], right["user_agent"]) == (200, "agent", 'odd "agent"\\')
+    assert (wrong["status"], wrong["user"]) == (401, "")
+    assert re.fullmatch("[0-9a-f]{32}", right["id"])
+
+
+def test_what_is_refused_is_logged_now_and_then(edge: Edge) -> None:
+    before = len(logged(edge))
+    for _ in range(300):
+        status, _answer = edge.ask("/chat", {"X-Api-Key": KEY, "Content-Length": "70000"})
+        assert status == 413
+    # One in a hundred: with 300, more than 20 happens once in 10^11 runs.
+    assert len(logged(edge)) - before <= 20
+
+
+def plain(edge: Edge, host: str, path: str = "/", headers: dict[str, str] | None = None, body: bytes | None = None) -> tuple[int, dict[str, str], bytes]:
+    """Ask on port 80. Raises RemoteDisconnected where the connection is closed without an answer."""
+    connection = HTTPConnection("127.0.0.1", edge.http, timeout=10)
+    connection.request("POST" if body else "GET", path, body, {"Host": host, **(headers or {})})
+    answer = connection.getresponse()
+    text = answer.read()
+    connection.close()
+    return answer.status, {name.lower(): value for name, value in answer.getheaders()}, text
+
+
+def test_port_80_redirects_and_writes_nothing(edge: Edge) -> None:
+    before = {path: path.stat().st_size for path in edge.directory.glob("*.log")}
+    for name in NAMES:
+        status, headers, _ = plain(edge, name, "/chat?a=b")
+        assert (status, headers["location"]) == (301, f"https://{DOMAIN}/chat?a=b")
+    assert plain(edge, DOMAIN, "/x", body=b"x" * 2000)[0] in {301, 413}
+    assert {path: path.stat().st_size for path in edge.directory.glob("*.log")} == before
+
+
+def test_unknown_names_are_dropped(edge: Edge) -> None:
+    before = {path: path.stat().st_size for path in edge.directory.glob("*.log")}
+    with pytest.raises(RemoteDisconnected):
+        plain(edge, "unknown.example.com")
+    context = ssl.create_default_context(cafile=str(edge.directory / "fullchain.pem"))
+    for name in ("unknown.example.com", "neighbour.example.com"):
+        with pytest.raises(ssl.SSLError), socket.create_connection(("127.0.0.1", edge.port), 10) as connection:
+            context.wrap_socket(connection, server_hostname=name)
+    assert {path: path.stat().st_size for path in edge.directory.glob("*.log")} == before
+
+
+def test_another_site_of_this_nginx_notices_nothing(edge: Edge) -> None:
+    status, headers, text = plain(edge, "neighbour.example.com", "/upload", body=b"x" * 200_000)
+    assert (status, json.loads(text)["received"]) == (200, 200_000)
+    assert not {"strict-transport-security", "x-request-id", "retry-after"} & headers.keys()
+    assert '"POST /upload HTTP/1.1" 200' in (edge.directory / "access.log").read_text()
+    assert "/upload" not in (edge.directory / "agent-stack.access.log").read_text()
+
+
+def test_nothing_at_the_level_of_http_applies_to_others(tmp_path: Path) -> None:
+    for names in (NAMES, ["a" * 60 + ".example.com"]):
+        text = re.sub(r"(?m)#.*$", "", render("agent-stack.conf.j2", tmp_path, 1, __nginx_certbot_names=names))
+        depth, outside = 0, []
+        for directive in re.findall(r"'[^']*'|\"[^\"]*\"|[{}]|[^{}'\"]+", text):
+            outside += re.findall(r"(?:^|;)\s*([a-z_]+)", directive) if depth == 0 else []
+            depth += (directive == "{") - (directive == "}")
+        hashes = {"server_names_hash_bucket_size"} if names != NAMES else set()
+        assert set(outside) == {"log_format", "split_clients", "map", "limit_conn_zone", "limit_req_zone", "upstream", "server", *hashes}
+
+
+def test_default_servers_of_others_stay(tmp_path: Path) -> None:
+    for taken in ([], [80], [443], [80, 443]):
+        text = render("agent-stack.conf.j2", tmp_path, 1, __nginx_certbot_taken=taken)
+        assert [port for port in (80, 443) if re.search(rf"listen {port}\b[^;]*default_server", text)] == [port for port in (80, 443) if port not in taken]
+        assert text.count(f"server_name {' '.join(NAMES)};") == 2
+
+
+def test_wrong_passwords_are_slowed_down_and_who_is_in_stays_in(edge: Edge) -> None:
+    wrong = {"Authorization": "Basic " + base64.b64encode(b"agent:wrong").decode()}
+    assert edge.ask("/chat", {"Authorization": BASIC})[0] == 200
+    statuses = [edge.ask("/chat", wrong)[0] for _ in range(8)]
+    first = statuses.index(429)
+    assert set(statuses[:first]) == {401}
+    assert first <= 5
+    connection = edge.connect()
+    connection.request("GET", "/chat", headers=wrong)
+    answer = connection.getresponse()
+    assert (answer.status, json.loads(answer.read())["error"]["code"]) == (429, "http_429")
+    assert 1 <= int(answer.headers["Retry-After"]) <= 300
+    connection.close()
+    # A password that was right a moment ago, a key, and what needs neither.
+    assert edge.ask("/chat", {"Authorization": BASIC})[0] == 200
+    assert edge.ask("/chat", {"X-Api-Key": KEY})[0] == 200
+    assert edge.ask("/health")[0] == 200

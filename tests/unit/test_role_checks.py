@@ -1,4 +1,4 @@
-"""What the data stores, nginx and logrotate refuse before anything changes, each with a sentence; ranges and passwords have one check for all roles."""
+"""What the roles without a test of their own refuse before anything changes, each with a sentence; ranges and passwords have one check for all."""
 
 from __future__ import annotations
 
@@ -23,20 +23,45 @@ SHARED: dict[str, Any] = {
     **dict.fromkeys(("nginx_certbot_password", "postgres_agent_password", "postgres_exporter_password"), GOOD),
     **dict.fromkeys(("redis_agent_password", "redis_exporter_password"), GOOD),
 }
-ROLES = ("postgres", "redis", "nginx_certbot", "logrotate")
+ROLES = ("postgres", "redis", "nginx_certbot", "logrotate", "firewall")
 TAKEN: dict[str, dict[str, Any]] = {
     "defaults": {},
     "least": {"redis_maxmemory_mib": 16, "postgres_max_connections": "20", "logrotate_keep": 1},
     "most": {"redis_maxmemory_mib": 65536, "postgres_max_connections": 10000, "nginx_certbot_read_timeout_seconds": 3600},
+    "ports": {
+        "firewall_tcp_ports": [1, 65535, "8080"],
+        "firewall_ssh_ports": [2222],
+        "firewall_trusted_networks": ["192.0.2.7", "10.0.0.0/8", "fd00::/8", "::1"],
+    },
     "half": {"postgres_memory_limit_mib": 256, "postgres_shared_buffers_mib": 128},
 }
+BAD_PORTS = [
+    ("firewall_tcp_ports", 0, "0"),
+    ("firewall_tcp_ports", 65536, "65536"),
+    ("firewall_udp_ports", "80-90", '"80-90"'),
+    ("firewall_ssh_ports", -1, "-1"),
+    ("firewall_ssh_ports", "22 }", '"22 }"'),
+]
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"redis_maxmemory_mib": 15}, "redis_maxmemory_mib is 15; allowed is a whole number from 16 to 65536."),
     ({"redis_maxmemory_mib": 65537}, "redis_maxmemory_mib is 65537; allowed is a whole number from 16 to 65536."),
     ({"postgres_max_connections": 19}, "postgres_max_connections is 19; allowed is a whole number from 20 to 10000."),
     ({"postgres_memory_limit_mib": 256, "postgres_shared_buffers_mib": 129}, "postgres_shared_buffers_mib is 129; allowed is a whole number from 16 to 128."),
     ({"logrotate_keep": 366}, "logrotate_keep is 366; allowed is a whole number from 1 to 365."),
+    ({"nginx_certbot_more_domains": ["Chat.example.com"]}, 'nginx_certbot_more_domains is ["Chat.example.com"]. Allowed: up to 99 host names'),
+    ({"nginx_certbot_more_domains": ["agent.example.com"]}, 'nginx_certbot_more_domains is ["agent.example.com"]. Allowed: up to 99 host names'),
+    ({"nginx_certbot_more_domains": ["a.example.com; root /"]}, 'nginx_certbot_more_domains is ["a.example.com; root /"]. Allowed:'),
+    ({"nginx_certbot_certificate": "own"}, "nginx_certbot_own_certificate is ''. Allowed with nginx_certbot_certificate=own: the absolute path of"),
+    (
+        {"nginx_certbot_certificate": "own", "nginx_certbot_own_certificate": "/a.pem", "nginx_certbot_own_key": "key.pem"},
+        "nginx_certbot_own_key is 'key.pem'. Allowed with nginx_certbot_certificate=own",
+    ),
     ({"nginx_certbot_requests_per_second": 0}, "nginx_certbot_requests_per_second is 0; allowed is a whole number from 1 to 10000."),
+    *(({name: [443, port]}, f"{name} is [443, {shown}]; allowed is a list of ports from 1 to 65535.") for name, port, shown in BAD_PORTS),
+    *(
+        ({"firewall_trusted_networks": [network]}, f'firewall_trusted_networks is ["{network}"]; allowed is a list of addresses and networks')
+        for network in ("10.0.0.0/33", "256.1.1.1", "example.com", "10.0.0.0/8; drop", "fd00::/129", "", "10.0.0")
+    ),
     ({"redis_agent_password": "short"}, "redis_agent_password has 5 characters; allowed are at least 12, none of them a control character."),
     ({"redis_exporter_password": ""}, "redis_exporter_password has 0 characters; allowed are at least 12"),
     ({"postgres_exporter_password": "two\nlines of it"}, "postgres_exporter_password has 15 characters; allowed are at least 12, none of them a control"),
@@ -45,7 +70,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 @pytest.fixture(scope="module")
 def played(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What a play over the four roles' checks said, with one host for each case."""
+    """What a play over the roles' checks said, with one host for each case."""
     directory = tmp_path_factory.mktemp("checks")
     hosts = {**TAKEN, **{f"refused-{number}": values for number, (values, _) in enumerate(REFUSED)}}
     (directory / "hosts.yml").write_text(yaml.safe_dump({"all": {"hosts": hosts, "vars": SHARED}}))
