@@ -21,9 +21,9 @@ options:
     description:
       - What to return. V(declaration) is each component's declaration with the paths of this host, V(secrets) the names of their secrets,
         V(checked) the roles whose inputs are checked before anything changes, V(images) the names of their images that can be built,
-        V(scrape_configs) what Prometheus scrapes.
+        V(scrape_configs) what Prometheus scrapes, V(listens) the ports that they listen on.
     type: str
-    choices: [declaration, secrets, checked, images, scrape_configs]
+    choices: [declaration, secrets, checked, images, scrape_configs, listens]
     default: declaration
   serving:
     description: With V(scrape_configs), the hosts that serve a model. This host alone if it is not given.
@@ -82,6 +82,8 @@ class LookupModule(LookupBase):
             host = given["inventory_hostname"]
             serving = self.get_option("serving")
             return _components.scrape_configs(components, host, [host] if serving is None else serving)
+        if wants == "listens":
+            return _components.listens(components, lambda name: self._templar.template(given[name]) if name in given else None)
         # A role whose inputs are checked in a play of its own may not know where the stack is, and needs no paths then.
         places = {name: str(self._templar.template(given[name])) for name in ("agent_stack_root", "agent_stack_data_dir") if name in given}
         return [

@@ -12,10 +12,11 @@ author:
 version_added: 0.2.0
 short_description: Which host of the inventory does what
 description:
-  - Reads the groups C(inference) and C(followers) and the followers' C(vllm_head), and says what they make of the host that is asked for.
+  - Reads the groups C(agent_stack), C(inference) and C(followers) and the followers' C(vllm_head), and says what they make of the host that is asked for.
+  - The hosts of C(agent_stack) are the stack's. Without that group all hosts are, if there is one alone or a group C(inference), and otherwise none.
   - Without a group C(inference) every host is a stack of its own. With it, its hosts serve the model, and the host outside of it, or else its first,
     carries the rest. Hosts of the group C(followers) add their GPUs to the model of their head, a host of the group C(inference).
-  - In a play's C(hosts) there is no host yet. Then only V(fronts), V(servers), V(apart), V(followers) and V(outside) say something.
+  - In a play's C(hosts) there is no host yet. Then only V(stack), V(fronts), V(servers), V(apart), V(followers) and V(outside) say something.
 options:
   _terms:
     description: None are taken.
@@ -35,6 +36,10 @@ _raw:
     host:
       description: This host's own name.
       type: str
+    stack:
+      description: All hosts of the stack. Empty where the inventory does not say which they are.
+      type: list
+      elements: str
     fronts:
       description: The hosts that carry the rest of the stack.
       type: list

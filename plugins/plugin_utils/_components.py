@@ -20,7 +20,7 @@ optional_directories  PART: directories that only a part needs which may be off
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -119,6 +119,20 @@ def users(components: Iterable[Component]) -> dict[int, str]:
             if uid and owners.setdefault(uid, name) != name:
                 raise ComponentError(f"{name} and {owners[uid]} both have the uid {uid}; allowed is one of its own for each.")
     return owners
+
+
+def listens(components: Iterable[Component], value_of: Callable[[str], Any]) -> list[dict[str, Any]]:
+    """Return the ports that components listen on: `port`, `reach`, and `variable`, the name of the setting that moves it or nothing.
+
+    `value_of(VARIABLE)` returns nothing for a variable that is not known in the play; its port is left out.
+    """
+    found = []
+    for name, reach in ((name, reach) for component in components for name, reach in component.ports.items()):
+        fixed = str(name).isdigit()
+        port = name if fixed else value_of(name)
+        if str(port).isdigit():
+            found.append({"port": int(port), "reach": reach, "variable": "" if fixed else name})
+    return found
 
 
 def scrape_configs(components: Iterable[Component], host: str, serving: list[str]) -> list[dict[str, Any]]:

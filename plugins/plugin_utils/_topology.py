@@ -3,6 +3,9 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Which host of an inventory does what. PRIVATE to the collection: it may change at any time.
 
+The hosts of the group `agent_stack` are the stack's. Without that group all are where that is clear: one host alone, or an inventory with a group `inference`.
+In any other, a company's perhaps, the collection's own plays have no host.
+
 Without a group `inference` every host is a stack of its own. With it, its hosts serve the model, and one host is the front, which carries all the rest:
 the host outside of that group, or else the group's first. Hosts of the group `followers` add their GPUs to the model of their head, a host of `inference`.
 """
@@ -13,12 +16,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+# Its hosts are the stack's, whoever else is in the inventory.
+GROUP = "agent_stack"
+
 
 @dataclass(frozen=True)
 class Topology:
     """What the inventory says, and what that makes of one host. All but flags and `head_address`, an IP address, are names of hosts.
 
     host: this host's own name
+    stack: all hosts of the stack; empty where the inventory does not say which they are
     fronts: hosts that carry the rest of the stack
     servers: hosts that serve the model
     apart: servers that are hosts apart from their front
@@ -35,6 +42,7 @@ class Topology:
     """
 
     host: str
+    stack: tuple[str, ...]
     fronts: tuple[str, ...]
     servers: tuple[str, ...]
     apart: tuple[str, ...]
@@ -62,9 +70,9 @@ def topology(host: str, groups: Mapping[str, Sequence[str]], value_of: Callable[
     `value_of(HOST, VARIABLE)` is asked for `vllm_head` and `vllm_peer_address`, and returns nothing for what is not set. A wrong `vllm_head` is no error here:
     the role vllm's check says so in a sentence.
     """
-    everyone = tuple(groups["all"])
-    followers = tuple(groups.get("followers", ()))
     grouped = "inference" in groups
+    everyone = tuple(groups.get(GROUP, groups["all"] if grouped or len(groups["all"]) == 1 else ()))
+    followers = tuple(groups.get("followers", ()))
     servers = tuple(groups["inference"]) if grouped else everyone
     outside = tuple(name for name in everyone if name not in (*servers, *followers))
     front = next(iter((*outside, *servers)), "") if grouped else host
@@ -75,13 +83,15 @@ def topology(host: str, groups: Mapping[str, Sequence[str]], value_of: Callable[
     nodes = (head, *(name for name in followers if value_of(name, "vllm_head") == head)) if host else ()
     return Topology(
         host=host,
+        stack=tuple(dict.fromkeys((*everyone, *servers, *followers))),
         fronts=(front,) if grouped else everyone,
         servers=servers,
         apart=apart,
         followers=followers,
         outside=outside,
         front=front,
-        serves=host in servers,
+        # In a play of a user's own, which says itself what its hosts are, a host that is in no group is a stack of its own.
+        serves=host in servers if grouped else bool(host) and not follows,
         follows=follows,
         is_peer=host in apart,
         peers=peers,

@@ -26,7 +26,8 @@ def test_every_play_ends_by_asking_the_model_server_for_its_gpu() -> None:
 
 def test_followers_come_first_and_are_removed_last() -> None:
     """A model that hosts share starts only once all of them wait for it; what a swap may still go back to is known when it has ended."""
-    _version, first, *_, last = yaml.safe_load(SITE.read_text())
+    _version, look, first, *_, last = yaml.safe_load(SITE.read_text())
+    assert look["ansible.builtin.import_playbook"] == "check.yml"
     for play, tasks in ((first, "follow"), (last, "unfollow")):
         (task,) = play["tasks"]
         assert task["ansible.builtin.import_role"] == {"name": "selfhosted.agent_stack.vllm", "tasks_from": tasks}
@@ -44,3 +45,13 @@ def test_the_version_asked_for_is_that_of_the_collection() -> None:
     (task,) = yaml.safe_load((SITE.parents[1] / "roles/agent_stack/tasks/ansible_version.yml").read_text())
     required = yaml.safe_load((SITE.parents[1] / "meta" / "runtime.yml").read_text())["requires_ansible"]
     assert required == f">={task['vars']['__agent_stack_ansible_core']}.0"
+
+
+def test_the_look_at_all_hosts_comes_before_any_change() -> None:
+    """And one host that is refused keeps the others as they are."""
+    _version, look = yaml.safe_load((SITE.parent / "check.yml").read_text())
+    assert look["hosts"] == "{{ lookup('selfhosted.agent_stack.topology').stack }}"
+    assert look["any_errors_fatal"] is True
+    (task,) = look["tasks"]
+    assert task["ansible.builtin.import_role"] == {"name": "selfhosted.agent_stack.agent_stack", "tasks_from": "look"}
+    assert task["tags"] == ["always"]

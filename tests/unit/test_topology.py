@@ -16,7 +16,9 @@ from ansible_collections.selfhosted.agent_stack.plugins.plugin_utils._topology i
 from programs import ROOT
 
 ONE = {"all": ["a"]}
-MANY = {"all": ["a", "b", "c"]}
+MANY = {"all": ["a", "b", "c"], "agent_stack": ["a", "b", "c"]}
+COMPANY = {"all": ["db", "a", "web"], "agent_stack": ["a"], "web": ["web"]}
+UNCLEAR = {"all": ["db", "a", "web"], "web": ["web"]}
 FRONT = {"all": ["front", "x", "y"], "inference": ["x", "y"]}
 NO_FRONT = {"all": ["x", "y"], "inference": ["x", "y"]}
 SHARED = {"all": ["front", "x", "y", "f1", "f2", "f3"], "inference": ["x", "y"], "followers": ["f1", "f2", "f3"]}
@@ -49,6 +51,17 @@ def value_of(host: str, name: str) -> str:
         pytest.param(MANY, "", {"fronts": ("a", "b", "c"), "servers": ("a", "b", "c"), "apart": (), "followers": (), "front": ""}, id="no host, no group"),
         pytest.param({**FRONT, "all": ["front", "other", "x", "y"]}, "x", {"outside": ("front", "other"), "front": "front"}, id="two outside"),
         pytest.param({"all": ["a"], "inference": []}, "a", {"fronts": ("a",), "servers": (), "serves": False, "peers": ()}, id="an empty group"),
+        pytest.param(COMPANY, "", {"stack": ("a",), "fronts": ("a",), "servers": ("a",), "outside": ()}, id="a company's inventory"),
+        pytest.param(UNCLEAR, "", {"stack": (), "fronts": (), "servers": (), "apart": (), "followers": ()}, id="nobody says which hosts"),
+        pytest.param(UNCLEAR, "db", {"stack": (), "front": "db", "serves": True, "nodes": ("db",)}, id="a play of a user's own"),
+        pytest.param(ONE, "", {"stack": ("a",), "fronts": ("a",)}, id="no host, one alone"),
+        pytest.param(SHARED, "", {"stack": ("front", "x", "y", "f1", "f2", "f3")}, id="all of a group that serves"),
+        pytest.param(
+            {**SHARED, "all": [*SHARED["all"], "db"], "agent_stack": ["front", "x", "y", "f1", "f2", "f3"]},
+            "front",
+            {"stack": ("front", "x", "y", "f1", "f2", "f3"), "outside": ("front",), "front": "front", "fronts": ("front",)},
+            id="several hosts in a company's inventory",
+        ),
         pytest.param({**SHARED, "followers": ["lost"]}, "lost", {"head": "", "follows": True, "head_address": ""}, id="a follower without a head"),
     ],
 )
