@@ -139,7 +139,7 @@ def flat_keys(options: Mapping[str, Any]) -> list[str]:
 
 def _familiar(reference: str) -> tuple[str, str]:
     """Return repository and tag of an image as the engine lists them: without Docker's own registry."""
-    name, _, tag = reference.partition("@")[0].rpartition(":")
+    name, tag = reference.partition("@")[0].rsplit(":", 1)
     return re.sub(r"^docker\.io/(library/)?", "", name), tag
 
 
