@@ -10,6 +10,7 @@ export COLUMNS=${COLUMNS:-160} PYTHONUNBUFFERED=1
 if [ "$scenario" = default ]; then
   molecule test -s default --destroy never
   DRILL_HOST=agent-stack-molecule python -m pytest -q -rP tests/system/test_5_recovery.py -k restarted_host
+  python -m pytest -q -rP molecule/default/tests/test_uninstall.py
   molecule destroy -s default
   exit
 fi

@@ -21,9 +21,10 @@ options:
     description:
       - What to return. V(declaration) is each component's declaration with the paths of this host, V(secrets) the names of their secrets,
         V(checked) the roles whose inputs are checked before anything changes, V(images) the names of their images that can be built,
-        V(scrape_configs) what Prometheus scrapes, V(listens) the ports that they listen on.
+        V(scrape_configs) what Prometheus scrapes, V(listens) the ports that they listen on,
+        V(footprint) what they leave on the host outside of the stack's own two directories.
     type: str
-    choices: [declaration, secrets, checked, images, scrape_configs, listens]
+    choices: [declaration, secrets, checked, images, scrape_configs, listens, footprint]
     default: declaration
   serving:
     description: With V(scrape_configs), the hosts that serve a model. This host alone if it is not given.
@@ -78,6 +79,8 @@ class LookupModule(LookupBase):
             return _components.checked(components, ROLES)
         if wants == "images":
             return sorted(name for name, image in _components.images(components).items() if "context" in image)
+        if wants == "footprint":
+            return [_components.footprint(components, str(self._templar.template(given.get("agent_stack_domain", ""))))]
         if wants == "scrape_configs":
             host = given["inventory_hostname"]
             serving = self.get_option("serving")

@@ -16,6 +16,17 @@ networks              names of the networks that its containers are in, without 
 uid                   the user that its containers run as; `uids` where several services have one each: SERVICE: uid. No two services have the same
 directories           {path, owner, mode}, as the module file_tree has them; {root} is agent_stack_root and {data} is agent_stack_data_dir
 optional_directories  PART: directories that only a part needs which may be off
+
+What it leaves on the host outside of these two directories, which is what uninstalling takes away again:
+
+packages              NAME: {leaves, data, in_use} of each Debian package that the role may install. `leaves` are paths that the package keeps when it is
+                      purged, `data` those that stay while the data stays, and then it is removed and not purged. `in_use` says when it stays because
+                      others need it: `containers`, if the engine runs any that are not ours, or patterns of files
+paths                 patterns of files; one that ends with a slash is a directory, which is removed if it is empty
+replaces              PATH: the unit that reads the file, or nothing, of each file of others that the role writes or removes. What was there is put back
+merges                PATH: keys of a JSON file of others that the role sets, each as names with dots between them
+data_paths            patterns of what goes with the data only; {domain} is agent_stack_domain
+groups                names of groups that came with the packages
 """
 
 from __future__ import annotations
@@ -52,11 +63,18 @@ class Component:
     uids: Mapping[str, int] = field(default_factory=dict)
     directories: list[Mapping[str, Any]] = field(default_factory=list)
     optional_directories: Mapping[str, list[Mapping[str, Any]]] = field(default_factory=dict)
+    packages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    paths: list[str] = field(default_factory=list)
+    replaces: Mapping[str, str | None] = field(default_factory=dict)
+    merges: Mapping[str, list[str]] = field(default_factory=dict)
+    data_paths: list[str] = field(default_factory=list)
+    groups: list[str] = field(default_factory=list)
 
 
+PACKAGE = ("leaves", "data", "in_use")
 KINDS: dict[str, tuple[type, str]] = {
-    **dict.fromkeys(("images", "base_images", "ports", "uids", "optional_directories"), (dict, "a mapping")),
-    **dict.fromkeys(("secrets", "metrics", "networks", "directories"), (list, "a list")),
+    **dict.fromkeys(("images", "base_images", "ports", "uids", "optional_directories", "packages", "replaces", "merges"), (dict, "a mapping")),
+    **dict.fromkeys(("secrets", "metrics", "networks", "directories", "paths", "data_paths", "groups"), (list, "a list")),
     "uid": (int, "a number"),
 }
 
@@ -88,6 +106,9 @@ def read(path: Path) -> Component:
     for metric in declared.get("metrics", []):
         if not {"job", "target"} <= set(metric) <= {"job", "target", "per_host"}:
             raise ComponentError(f"{path}: metrics has {metric!r}; allowed are job and target, and per_host if wanted.")
+    for name, package in declared.get("packages", {}).items():
+        if not isinstance(package, dict) or set(package) - set(PACKAGE):
+            raise ComponentError(f"{path}: packages has {name}: {package!r}; allowed is a mapping of any of {', '.join(PACKAGE)}.")
     return Component(path.parent.parent.name, **declared)
 
 
@@ -133,6 +154,25 @@ def listens(components: Iterable[Component], value_of: Callable[[str], Any]) -> 
         if str(port).isdigit():
             found.append({"port": int(port), "reach": reach, "variable": "" if fixed else name})
     return found
+
+
+def footprint(components: Iterable[Component], domain: str) -> dict[str, Any]:
+    """Return what all of them leave on a host outside of the stack's own two directories, as the module `uninstall` takes it."""
+    known = list(components)
+    packages: dict[str, dict[str, Any]] = {}
+    for name, package in (each for component in known for each in component.packages.items()):
+        packages[name] = {**packages.get(name, {}), **package}
+    merges: dict[str, list[str]] = {}
+    for path, keys in (each for component in known for each in component.merges.items()):
+        merges[path] = [*merges.get(path, []), *keys]
+
+    def listed(kind: str) -> list[str]:
+        return list(dict.fromkeys(name for component in known for name in getattr(component, kind)))
+
+    found = {kind: listed(kind) for kind in ("paths", "groups", "networks")}
+    found["data_paths"] = [path.replace("{domain}", domain) for path in listed("data_paths")]
+    found["images"] = [str(image["reference"]) for image in images(known).values() if "reference" in image] + list(base_images(known).values())
+    return {"packages": packages, "merges": merges, "replaces": {k: v for component in known for k, v in component.replaces.items()}, **found}
 
 
 def scrape_configs(components: Iterable[Component], host: str, serving: list[str]) -> list[dict[str, Any]]:
