@@ -24,6 +24,7 @@ from agent.api.middleware import Observe
 from agent.logs import JsonFormatter
 from agent.metrics import Metrics
 from agent.migrate import migrations
+from agent.readiness import WATCH_SECONDS
 from sdk import connect
 from servers import AGENT, ODD_PASSWORD, Agent, Model, Postgres, Redis, environment, free_port, migrate, wait_until
 
@@ -118,6 +119,15 @@ class TestReady:
         self.becomes(agent, ["postgres"])
         migrated.start()
         self.becomes(agent, [])
+
+    def test_the_metric_is_true_while_nobody_asks(self, start_agent: Callable[..., Agent], migrated: Postgres) -> None:
+        """Prometheus reads /metrics alone, and the alert must not wait for somebody who asks /ready."""
+        service, name = start_agent(), 'agent_dependency_ready{dependency="postgres"}'
+        wait_until(lambda: service.metric(name) == 1, "it was looked at", 3)
+        migrated.stop()
+        wait_until(lambda: service.metric(name) == 0, "its loss is seen", WATCH_SECONDS + 5)
+        migrated.start()
+        wait_until(lambda: service.metric(name) == 1, "its return is seen", WATCH_SECONDS + 5)
 
     def test_redis_frozen(self, agent: Agent, redis: Redis) -> None:
         redis.freeze()

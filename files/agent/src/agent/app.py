@@ -150,8 +150,11 @@ async def _start(settings: Settings, tools: Toolbox, metrics: Metrics, stack: As
         limiter.finish,
     )
     readiness = Readiness({"postgres": postgres_probe(pool), "redis": redis_probe(redis), "model": model_probe(settings, client)}, metrics)
+    metrics.know_tools(tools.names)
     await engine.start()
     stack.push_async_callback(engine.close)
+    readiness.start()
+    stack.push_async_callback(readiness.close)
     return Services(
         settings=settings,
         tools=tools,

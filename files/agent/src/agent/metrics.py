@@ -6,6 +6,7 @@ up all of them. What a worker that died has counted stays; what it had measured 
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,24 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
+from agent import errors
+
 DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 SAVE_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 TURN_SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
+# The routes that ask for a turn, as the label `route` names them; all are a POST. The alert rules name the same ones.
+TURN_ROUTES = (
+    "/chat",
+    "/chat/stream",
+    "/openai/v1/chat/completions",
+    "/runs",
+    "/runs/stream",
+    "/runs/wait",
+    "/threads/{thread_id}/runs",
+    "/threads/{thread_id}/runs/stream",
+    "/threads/{thread_id}/runs/wait",
+)
+TURN_STATUSES = (200, 429, 500, 502, 503, 504)
 
 
 def prepare_directory(environ: dict[str, str]) -> None:
@@ -26,6 +42,12 @@ def prepare_directory(environ: dict[str, str]) -> None:
         Path(directory).mkdir(parents=True, exist_ok=True)
         for file in Path(directory).glob("*.db"):
             file.unlink()
+
+
+def failure_codes() -> list[str]:
+    """How a turn can fail for a reason that is not the client's, as the label `outcome` says it."""
+    known = [error for error in vars(errors).values() if isinstance(error, type) and issubclass(error, errors.ServiceError)]
+    return sorted(error.code for error in known if error.status >= 500)
 
 
 def gauge(mode: str) -> dict[str, Any]:
@@ -85,6 +107,24 @@ class Metrics:
         self._own = CollectorRegistry()
         ProcessCollector(registry=self._own)
         GCCollector(registry=self._own)
+
+        self._begin_at_zero()
+
+    def _begin_at_zero(self) -> None:
+        """A series that is born with its first event shows no increase, so nobody would hear of the first failures."""
+        for route in TURN_ROUTES:
+            for status in TURN_STATUSES:
+                self.requests.labels("POST", route, status)
+        for outcome in ("ok", *failure_codes()):
+            self.turns.labels(outcome)
+        for kind in ("prompt", "completion"):
+            self.model_tokens.labels(kind)
+
+    def know_tools(self, names: Iterable[str]) -> None:
+        """Begin the counts of these tools at zero."""
+        for name in names:
+            for status in ("success", "error"):
+                self.tool_calls.labels(name, status)
 
     def add(self, collector: Collector) -> None:
         """One that says the same in every worker, and is not to be added up."""

@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 PROBE_SECONDS = 2
 CACHE_SECONDS = 1
+WATCH_SECONDS = 10
 
 Probe = Callable[[], Awaitable[None]]
 
@@ -34,6 +35,21 @@ class Readiness:
         self._checked_at = -math.inf
         self._failing: list[str] = []
         self._abandoned: set[asyncio.Task[None]] = set()
+        self._watch: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Probe every WATCH_SECONDS, so that the metrics are true while nobody asks /ready."""
+        self._watch = asyncio.create_task(self._probe_for_ever())
+
+    async def close(self) -> None:
+        if self._watch:
+            self._watch.cancel()
+            await asyncio.wait({self._watch}, timeout=1)
+
+    async def _probe_for_ever(self) -> None:
+        while True:
+            await self.failing()
+            await asyncio.sleep(WATCH_SECONDS)
 
     async def failing(self) -> list[str]:
         """The names of what is not ready, at most CACHE_SECONDS old."""
