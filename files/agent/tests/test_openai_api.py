@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
@@ -272,3 +273,155 @@ def test_refused(agent: Agent, name: str) -> None:
     if name in ("tools", "functions", "response_format", "logit_bias"):
         assert error["code"] == "unsupported_parameter"
         assert error["param"] == name
+
+
+# Requests that a client sends again
+
+
+def retried(agent: Agent, user: str, count: int, text: str, thread: str | None, timeout: float = 20, **body: Any) -> httpx.Response:
+    """One of the tries that OpenAI's clients make of a request."""
+    headers = {"X-Forwarded-User": user, "X-Stainless-Retry-Count": str(count), "X-Stainless-Read-Timeout": str(timeout)}
+    if thread:
+        headers["X-Thread-Id"] = thread
+    asked = {"model": "agent", "messages": [{"role": "user", "content": text}], **body}
+    return agent.client.post("/openai/v1/chat/completions", json=asked, headers=headers, timeout=timeout)
+
+
+def asked_of(model: Model, text: str) -> int:
+    """How often the model was asked this."""
+    return sum(request["messages"][-1]["content"] == text for request in model.requests())
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_client_that_gives_up_and_asks_again_is_one_turn(agent: Agent, key: str, model: Model, kept: bool) -> None:
+    """The first try still runs when the second comes, and has ended when the third does."""
+    thread, text = uuid.uuid4().hex, f"[[delay 2.5]] {uuid.uuid4().hex}"
+    headers = {"X-Thread-Id": thread} if kept else {}
+    with OpenAI(base_url=f"{agent.url}/openai/v1", api_key=key, max_retries=2, timeout=1, default_headers=headers) as client:
+        answer = client.chat.completions.create(model="agent", messages=[{"role": "user", "content": text}])
+    assert answer.choices[0].message.content == f'I see 1 user message. The first one was: "{text}"'
+    assert asked_of(model, text) == 1
+    with connect(agent, key=key) as sdk:
+        if kept:
+            assert texts(sdk, thread) == [text, answer.choices[0].message.content]
+        else:
+            wait_until(lambda: sdk.threads.count(status="busy") == 0, "the run has ended", 2)
+
+
+def test_who_gives_up_for_good_is_not_worked_for(start_agent: Callable[..., Agent]) -> None:
+    agent = start_agent(AGENT_TURN_TIMEOUT_SECONDS="60")
+    with pytest.raises(httpx.ReadTimeout):
+        retried(agent, "tester", 0, "[[delay 30]] hello", None, timeout=1)
+    assert agent.metric("agent_turns_running") == 1, "it may ask again"
+    wait_until(lambda: agent.metric('agent_turns_total{outcome="cancelled"}') == 1, "the turn is cancelled", 13)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_request_that_is_sent_again_after_its_end(agent: Agent, model: Model, stream: bool, kept: bool) -> None:
+    user, text = f"user-{uuid.uuid4().hex}", f"hello {uuid.uuid4().hex}"
+    thread = uuid.uuid4().hex if kept else None
+    first = retried(agent, user, 0, text, thread, stream=stream)
+    again = retried(agent, user, 1, text, thread, stream=stream)
+    assert first.status_code == again.status_code == 200
+    if kept:
+        assert again.text == first.text
+        assert asked_of(model, text) == 1
+        third = retried(agent, user, 0, text, thread, stream=stream)
+        assert third.text != first.text, "asked anew on purpose"
+        assert retried(agent, user, 1, text, thread, stream=stream).text == third.text, "the newest is meant"
+        with connect(agent, user) as sdk:
+            assert texts(sdk, str(thread))[::2] == [text, text]
+
+
+def test_only_the_same_request_is_a_repetition(agent: Agent) -> None:
+    user, thread, text = f"user-{uuid.uuid4().hex}", uuid.uuid4().hex, "hello"
+    answers = [
+        retried(agent, user, 0, text, thread),
+        retried(agent, user, 1, text, thread, temperature=0),
+        retried(agent, user, 1, text, uuid.uuid4().hex),
+        retried(agent, f"{user}-2", 1, text, None),
+        retried(agent, user, 1, text, None),
+    ]
+    assert len({answer.json()["id"] for answer in answers}) == len(answers)
+
+
+def test_a_retry_works_again_on_a_turn_that_failed(agent: Agent, model: Model) -> None:
+    user, thread, text = f"user-{uuid.uuid4().hex}", uuid.uuid4().hex, f"hello {uuid.uuid4().hex}"
+    model.control(fault="500", times=2)
+    failed = retried(agent, user, 0, text, thread)
+    assert (failed.status_code, failed.headers["X-Should-Retry"]) == (503, "true")
+    assert retried(agent, user, 1, text, thread).status_code == 200
+    with connect(agent, user) as sdk:
+        assert len(texts(sdk, thread)) == 2
+
+
+def test_both_workers_know_what_is_sent_again(pair: tuple[Agent, Agent], model: Model) -> None:
+    user, text = f"user-{uuid.uuid4().hex}", f"[[delay 2.5]] {uuid.uuid4().hex}"
+    with pytest.raises(httpx.ReadTimeout):
+        retried(pair[0], user, 0, text, None, timeout=1)
+    answer = retried(pair[1], user, 1, text, None)
+    assert text in answer.json()["choices"][0]["message"]["content"]
+    assert asked_of(model, text) == 1
+
+
+FAILURES = {
+    "refused by the model": ("[[fault 400]]", 400, "false"),
+    "the operator's mistake": ("[[fault 401]]", 502, "false"),
+    "garbage": ("[[fault garbage]]", 502, "true"),
+    "too long": ("[[fault overflow]]", 400, "false"),
+    "away": ("[[fault 500]]", 503, "true"),
+    "too slow": ("[[delay 7]]", 504, "false"),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_clients_repeat_only_what_a_repetition_can_mend(agent: Agent, key: str, model: Model, name: str) -> None:
+    script, status, again = FAILURES[name]
+    text = f"{script} {uuid.uuid4().hex}"
+    with client_of(agent, key) as client, pytest.raises(openai.APIStatusError) as failed:
+        client.chat.completions.create(model="agent", messages=[{"role": "user", "content": text}])
+    assert (failed.value.status_code, failed.value.response.headers["X-Should-Retry"]) == (status, again)
+    if again == "false" and status < 500:
+        asked = asked_of(model, text)
+        with client_of(agent, key).with_options(max_retries=2) as client, pytest.raises(openai.APIStatusError):
+            client.chat.completions.create(model="agent", messages=[{"role": "user", "content": text}])
+        assert asked_of(model, text) == 2 * asked
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "canary", 404), ("POST", "embeddings", 404), ("DELETE", "models", 405), ("GET", "", 404)])
+def test_what_is_not_there_is_told_in_openais_form(agent: Agent, method: str, path: str, status: int) -> None:
+    answer = agent.client.request(method, f"/openai/v1/{path}")
+    assert answer.status_code == status
+    assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
+    assert answer.headers["X-Should-Retry"] == "false"
+    assert "canary" not in answer.text
+
+
+PLACES: dict[str, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {
+    "before": ([("system", "a"), ("user", "b")], [("user", "a\n\nb")]),
+    "after": ([("user", "b"), ("system", "a")], [("user", "b\n\na")]),
+    "both": ([("system", "a"), ("user", "b"), ("developer", "c"), ("system", "d")], [("user", "a\n\nb\n\nc\n\nd")]),
+    "after an answer": ([("user", "a"), ("assistant", "b"), ("system", "c")], [("user", "a"), ("assistant", "b"), ("user", "c")]),
+    "before an answer": ([("user", "a"), ("system", "b"), ("assistant", "c"), ("user", "d")], [("user", "a\n\nb"), ("assistant", "c"), ("user", "d")]),
+    "between answers": (
+        [("user", "a"), ("assistant", "b"), ("system", "c"), ("assistant", "d"), ("user", "e")],
+        [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "e")],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_an_instruction_stays_in_its_place(client: OpenAI, model: Model, name: str) -> None:
+    given, sent = PLACES[name]
+    messages: Any = [{"role": role, "content": text} for role, text in given]
+    client.chat.completions.create(model="agent", messages=messages)
+    assert [(message["role"], message["content"]) for message in model.requests()[-1]["messages"][1:]] == sent
+
+
+def test_an_instruction_after_the_question_is_kept_with_it(agent: Agent, key: str, client: OpenAI) -> None:
+    thread = uuid.uuid4().hex
+    messages: Any = [{"role": "user", "content": "hello"}, {"role": "system", "content": "In French."}]
+    client.with_options(default_headers={"X-Thread-Id": thread}).chat.completions.create(model="agent", messages=messages)
+    with connect(agent, key=key) as sdk:
+        assert texts(sdk, thread)[0] == "hello\n\nIn French."

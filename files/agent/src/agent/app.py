@@ -20,10 +20,10 @@ from starlette.exceptions import HTTPException
 from agent import logs
 from agent.access.auth import Authenticate, Authenticator, KeyRing
 from agent.access.rate_limit import RateLimiter
-from agent.api import chat, langgraph, openai, openapi, page
+from agent.api import chat, langgraph, openai, openai_errors, openapi, page
 from agent.api.middleware import Observe, error_response
 from agent.api.requests import explain
-from agent.errors import ServiceError, StorageUnavailable
+from agent.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError, StorageUnavailable
 from agent.http_client import create_client
 from agent.llm.graph import create_graph
 from agent.metrics import Metrics
@@ -76,7 +76,7 @@ def create_app(settings: Settings) -> FastAPI:
     app = FastAPI(title="agent", lifespan=lifespan, redirect_slashes=False, docs_url=None, redoc_url=None)
     # The last one added is the outermost.
     app.add_middleware(Authenticate, authenticator=lambda: app.state.services.authenticator, refuse=_service_error)
-    app.add_middleware(Observe, metrics=metrics, proxy_secret=settings.proxy_secret)
+    app.add_middleware(Observe, metrics=metrics, refuse=_failed, proxy_secret=settings.proxy_secret)
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _invalid)
@@ -170,10 +170,15 @@ async def _start(settings: Settings, tools: Toolbox, metrics: Metrics, stack: As
     )
 
 
+def _failed(path: str, error: ServiceError, request_id: str) -> Response:
+    """The error in the form of the API that the path belongs to."""
+    if path == openai.PREFIX or path.startswith(f"{openai.PREFIX}/"):
+        return openai_errors.openai_error(error)
+    return error_response(error, request_id)
+
+
 async def _service_error(request: Request, error: Any) -> Response:
-    if request.url.path.startswith(openai.PREFIX):
-        return openai.openai_error(error)
-    return error_response(error, request.state.request_id)
+    return _failed(request.url.path, error, request.state.request_id)
 
 
 async def _invalid(request: Request, error: Any) -> Response:
@@ -186,9 +191,9 @@ async def _no_storage(request: Request, error: Any) -> Response:
 
 
 async def _http_error(request: Request, error: Any) -> Response:
-    known = {404: ("not_found", "There is nothing here."), 405: ("method_not_allowed", "This method is not allowed.")}
-    code, message = known.get(error.status_code, ("bad_request", "The request cannot be understood."))
-    headers = dict(error.headers or {})
+    kind = {404: NotFound, 405: MethodNotAllowed}.get(error.status_code, BadRequest)
+    response = await _service_error(request, kind())
+    response.headers.update(error.headers or {})
     if error.status_code == 405 and (methods := openapi.allowed(request.app, request.url.path)):
-        headers["Allow"] = ", ".join(methods)
-    return JSONResponse({"error": {"code": code, "message": message}}, error.status_code, headers)
+        response.headers["Allow"] = ", ".join(methods)
+    return response

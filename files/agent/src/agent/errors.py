@@ -6,9 +6,12 @@ class ServiceError(Exception):
     code = "internal_error"
     message = "Something went wrong here. It has been logged under this id."
     retry_after: int | None = None
+    # The status with which the model server refused the request, where that is the reason: it would do so again.
+    refused: int | None = None
 
-    def __init__(self, message: str | None = None, *, retry_after: int | None = None) -> None:
+    def __init__(self, message: str | None = None, *, retry_after: int | None = None, refused: int | None = None) -> None:
         self.message = message or self.message
+        self.refused = refused
         self.retry_after = retry_after or self.retry_after
         super().__init__(self.message)
 
@@ -19,10 +22,22 @@ class InvalidJson(ServiceError):
     message = "The body is not valid JSON."
 
 
+class BadRequest(ServiceError):
+    status = 400
+    code = "bad_request"
+    message = "The request cannot be understood."
+
+
 class NotFound(ServiceError):
     status = 404
     code = "not_found"
     message = "There is nothing here."
+
+
+class MethodNotAllowed(ServiceError):
+    status = 405
+    code = "method_not_allowed"
+    message = "This method is not allowed."
 
 
 class ThreadBusy(ServiceError):

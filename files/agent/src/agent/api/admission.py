@@ -16,17 +16,31 @@ from agent.storage.postgres import bounded
 SUBMIT_SECONDS = 8.0
 
 
-async def submit(request: Request, thread_id: str | None, run_input: RunInput, options: RunOptions | None = None, **more: Any) -> Run:
-    """Count a run for the caller and submit it; the rest is as Engine.submit takes it. Raises RateLimited too."""
+async def submit(
+    request: Request,
+    thread_id: str | None,
+    run_input: RunInput,
+    options: RunOptions | None = None,
+    *,
+    known: Run | None = None,
+    **more: Any,
+) -> Run:
+    """Count a run for the caller and submit it, or another try of the known one; the rest is as Engine.submit takes it.
+
+    Raises RateLimited too.
+    """
     principal: Principal = request.state.principal
     worker = services(request)
     run_id = new_run_id()
+
+    async def begin() -> Run:
+        if known is not None and (again := await worker.engine.reopen(known)) is not None:
+            return again
+        return await worker.engine.submit(principal.name, thread_id, run_input, options, run_id=run_id, **more)
+
     await worker.limiter.admit(principal, run_id)
     try:
-        run = await bounded(
-            worker.engine.submit(principal.name, thread_id, run_input, options, run_id=run_id, **more),
-            min(worker.settings.turn_timeout_seconds, SUBMIT_SECONDS),
-        )
+        run = await bounded(begin(), min(worker.settings.turn_timeout_seconds, SUBMIT_SECONDS))
     except BaseException:
         await worker.limiter.finish(principal.name, run_id)
         raise

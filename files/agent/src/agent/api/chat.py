@@ -56,7 +56,7 @@ async def chat(request: Request) -> Response:
         settings = services(request).settings
         run = await services(request).followers.wait(owner(request), run.run_id, settings.turn_timeout_seconds + GRACE_SECONDS)
     if run.status != "success":
-        raise failure_of(run)
+        raise failure_of(run.error or {})
     result = run.result or {}
     answer = {"response": result.get("response", ""), "thread_id": run.thread_id, "run_id": run.run_id}
     if result.get("interrupts"):
@@ -101,7 +101,8 @@ async def _events(followers: Followers, caller: str, run: Run, after: int) -> As
                     yield sse(event.event, event.data, str(event.id))
                 case "error":
                     failed = True
-                    yield sse("error", event.data, str(event.id))
+                    told = {name: event.data[name] for name in ("code", "message", "retry_after") if name in event.data}
+                    yield sse("error", told, str(event.id))
                 case "end" if not failed:
                     told = {name: value for name, value in event.data.items() if name != "status"}
                     yield sse("end", told, str(event.id))

@@ -3,11 +3,13 @@
 import logging
 import re
 import time
+from collections.abc import Callable
 from uuid import uuid4
 
 from fastapi.responses import JSONResponse
 from pydantic import SecretStr
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from agent.access.auth import Proxy
@@ -30,9 +32,16 @@ def error_response(error: ServiceError, request_id: str) -> JSONResponse:
 
 
 class Observe:
-    def __init__(self, app: ASGIApp, metrics: Metrics, proxy_secret: SecretStr | None = None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        proxy_secret: SecretStr | None = None,
+        refuse: Callable[[str, ServiceError, str], Response] = lambda path, error, request_id: error_response(error, request_id),
+    ) -> None:
         self._app = app
         self._metrics = metrics
+        self._refuse = refuse
         self._proxy = Proxy(proxy_secret)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -57,7 +66,7 @@ class Observe:
             logger.exception("internal error", extra={"request_id": request_id})
             if status:
                 raise
-            await error_response(ServiceError(), request_id)(scope, receive, send_and_note)
+            await self._refuse(scope["path"], ServiceError(), request_id)(scope, receive, send_and_note)
         finally:
             self._note(scope, request_id, status, time.monotonic() - started)
 

@@ -12,7 +12,7 @@ from starlette.routing import compile_path
 from agent.access.auth import OPEN_PATHS
 from agent.api.langgraph import API_VERSION
 from agent.api.openai import PREFIX as OPENAI
-from agent.api.openai import OpenAIError
+from agent.api.openai_errors import OpenAIError
 from agent.api.schemas import Error
 
 REFERENCE = "#/components/schemas/{model}"

@@ -221,6 +221,8 @@ def _failure(error: Exception) -> ServiceError:
             return ContextOverflow(int(limit[1]) if limit else None)
         case Refused(status=status) if status >= 500 or status == 429:
             return ModelUnavailable()
+        case Refused(status=status) if 400 <= status < 500:
+            return ModelFailed(refused=status)
         case ConnectError() | BrokenError():
             return ModelUnavailable()
         case _:

@@ -56,6 +56,8 @@ class Board:
     def __init__(self) -> None:
         self.active: dict[str, ActiveRun] = {}
         self.tasks: set[asyncio.Task[Any]] = set()
+        # Runs whose client gave up waiting and will most likely send its request again.
+        self.expected: set[str] = set()
         # The worker stops: it takes no run any more, and who waits is told so.
         self.closing = False
         self._waiting: dict[str, set[asyncio.Event]] = {}

@@ -27,7 +27,7 @@ from agent.runs.events import EventStreams
 from agent.runs.followers import Followers
 from agent.runs.ledger import Channel, Ledger
 from agent.runs.records import Batch, Finished, Outcome, Run, RunInput, RunOptions, Strategy, new_run_id
-from agent.runs.runner import GIVE_UP_SECONDS, Runner
+from agent.runs.runner import GIVE_UP_SECONDS, RETRY_SECONDS, Runner
 from agent.runs.takeover import Takeover
 from agent.settings import Settings
 from agent.tracing import Tracing
@@ -173,8 +173,18 @@ class Engine:
             return None
         if known.input != run.input or (given_thread and given_thread != known.thread_id):
             raise TurnConflict
+        return await self.reopen(known)
+
+    # Sent again by a client that says so
+
+    async def find_retried(self, owner: str, thread_id: str | None, request: str, retry: int, seconds: float) -> Run | None:
+        """The run that this request began within so many seconds, as an earlier attempt of its client."""
+        return await self._ledger.find_retried(owner, thread_id, request, retry, seconds)
+
+    async def reopen(self, known: Run) -> Run | None:
+        """The run itself, or its next try where it failed here and not by its own fault."""
         known.created = False
-        if known.status not in ("error", "timeout") or (known.error or {}).get("status", 500) < 500:
+        if not is_worth_another_try(known):
             return known
         reopened = await self._ledger.reopen(known)
         if reopened is None:  # somebody else was faster
@@ -193,6 +203,18 @@ class Engine:
         if wait:
             with contextlib.suppress(NotFound):
                 await self.followers.wait(owner, run.run_id)
+
+    def cancel_unless_retried(self, run: Run, retry: int) -> None:
+        """Stop a run whose client gave up waiting for its try of this number, unless another comes soon, to any worker."""
+        self._board.expected.add(run.run_id)
+
+        async def wait_and_cancel() -> None:
+            await asyncio.sleep(RETRY_SECONDS)
+            stored = await self._ledger.find(run.run_id)
+            if stored is not None and stored.options.retry <= retry:
+                await self._cancel(run.run_id, "interrupt")
+
+        self._board.spawn(wait_and_cancel())
 
     async def _cancel(self, run_id: str, action: Literal["interrupt", "rollback"]) -> None:
         asked = await self._ledger.cancel(run_id, action)
@@ -261,3 +283,7 @@ class Engine:
     async def _check_owner(self, owner: str, thread_id: str) -> None:
         if await self._ledger.thread_owner(thread_id) != owner:
             raise NotFound
+
+
+def is_worth_another_try(run: Run) -> bool:
+    return run.status in ("error", "timeout") and (run.error or {}).get("status", 500) >= 500

@@ -47,7 +47,7 @@ class Event:
     messages, values, updates, custom   as LangGraph streams them, as JSON ("messages" is [chunk, metadata]);
               "EVENT|NAMESPACE" from a subgraph, where subgraphs were asked for
     usage     {"input_tokens", "output_tokens", "total_tokens"}
-    error     {"code", "message", "retry_after"?: seconds}
+    error     {"code", "message", "status", "retry_after"?: seconds, "refused"?: status of the model server}
     end       the last one: {"status", "response"}
     """
 

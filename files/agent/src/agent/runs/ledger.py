@@ -63,6 +63,22 @@ class Ledger:
         query: LiteralString = f"SELECT {RUN} FROM runs WHERE owner = %s AND turn_id = %s"
         return _first(await self._database.rows(query, [owner, turn_id]))
 
+    async def find_retried(self, owner: str, thread_id: str | None, request: str, retry: int, seconds: float) -> Run | None:
+        """The newest run that this request began within so many seconds, and keep that it is sent again.
+
+        Without a thread's name the run has a thread of its own, which goes with it: one that was cancelled is gone.
+        """
+        query: LiteralString = (
+            "UPDATE runs SET options = (options::jsonb || jsonb_build_object('retry', %(retry)s::int))::json WHERE run_id ="
+            " (SELECT r.run_id FROM threads t JOIN runs r USING (thread_id) WHERE t.owner = %(owner)s AND CASE WHEN %(thread)s::text IS NULL"
+            " THEN t.updated_at > now() - make_interval(secs => %(seconds)s) AND r.cancel IS NULL ELSE t.thread_id = %(thread)s END"
+            " AND r.created_at > now() - make_interval(secs => %(seconds)s) AND r.options->>'request' = %(request)s"
+            f" ORDER BY r.created_at DESC LIMIT 1) RETURNING {RUN}"
+        )
+        return _first(
+            await self._database.rows(query, {"owner": owner, "thread": thread_id, "request": request, "retry": retry, "seconds": seconds}),
+        )
+
     async def thread_owner(self, thread_id: str) -> str | None:
         rows = await self._database.rows("SELECT owner FROM threads WHERE thread_id = %s", [thread_id])
         return rows[0]["owner"] if rows else None

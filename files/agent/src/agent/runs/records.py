@@ -1,7 +1,7 @@
 """What a run is: how it is asked for, how it is stored and how it ended."""
 
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from typing import Any, Literal, TypedDict
@@ -64,6 +64,9 @@ class RunOptions:
     on_completion: Literal["keep", "delete"] = "keep"
     strategy: Strategy = "enqueue"
     metadata: dict[str, Any] = field(default_factory=dict)
+    # A digest of the request that began it, and how often its client has sent that again.
+    request: str = ""
+    retry: int = 0
     # "update" is a change of the state by hand, which must not meet a turn.
     kind: Literal["turn", "update"] = "turn"
 
@@ -95,7 +98,7 @@ class Run:
     options: RunOptions
     # {"response": str, "usage": {...}, "interrupts"?: [...]} of a success
     result: dict[str, Any] | None
-    # {"code", "message", "status"} of an error, a timeout or an interruption
+    # {"code", "message", "status", "retry_after"?, "refused"?} of an error, a timeout or an interruption
     error: dict[str, Any] | None
     created_at: datetime
     updated_at: datetime
@@ -161,13 +164,13 @@ def _columns(rows: Sequence[tuple[Any, ...]], width: int) -> list[list[Any]]:
 def describe_failure(error: ServiceError) -> dict[str, Any]:
     """As a run keeps it."""
     failure = {"code": error.code, "message": error.message, "status": error.status}
-    return failure | ({"retry_after": error.retry_after} if error.retry_after else {})
+    more = {"retry_after": error.retry_after, "refused": error.refused}
+    return failure | {name: value for name, value in more.items() if value}
 
 
-def failure_of(run: Run) -> ServiceError:
-    """The error of a run that has no answer, as it was raised."""
-    told = run.error or {}
-    error = ServiceError(told.get("message"), retry_after=told.get("retry_after"))
+def failure_of(told: Mapping[str, Any]) -> ServiceError:
+    """The error that a run without an answer keeps, as it was raised."""
+    error = ServiceError(told.get("message"), retry_after=told.get("retry_after"), refused=told.get("refused"))
     error.code = told.get("code", ServiceError.code)
     error.status = told.get("status", ServiceError.status)
     return error
@@ -180,9 +183,7 @@ def last_words(run: Run) -> list[tuple[str, Any]]:
         if result.get("usage", {}).get("total_tokens"):
             words.append(("usage", result["usage"]))
     else:
-        told = run.error or {}
-        failure = {"code": told.get("code"), "message": told.get("message")}
-        words.append(("error", failure | ({"retry_after": told["retry_after"]} if told.get("retry_after") else {})))
+        words.append(("error", {"code": None, "message": None, **(run.error or {})}))
     end: dict[str, Any] = {"status": run.status, "response": result.get("response", "")}
     if result.get("interrupts"):
         end["interrupts"] = result["interrupts"]

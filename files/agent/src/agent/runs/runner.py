@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 MAX_ATTEMPTS = 3
 # How long a driver may take to give up a dead connection, before its run is left to itself.
 GIVE_UP_SECONDS = 1.0
+# The longest that OpenAI's clients wait before they send a request again, and the way here.
+RETRY_SECONDS = 10.0
 CLAIM_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0)
 
 
@@ -246,6 +248,9 @@ class Runner:
             logger.info("a run has no answer", extra=extra)
 
     async def _delete_thread(self, run: Run) -> None:
+        if run.run_id in self._board.expected:
+            await asyncio.sleep(RETRY_SECONDS)
+            self._board.expected.discard(run.run_id)
         with contextlib.suppress(StorageUnavailable):
             await self._ledger.delete_thread(run.owner, run.thread_id)
 
