@@ -34,8 +34,6 @@ HARMLESS = {
     *("vllm_swap", "docker_compose_v2", "docker_network", "postgresql_user", "postgresql_db", "postgresql_membership", "api_key_file", "generated_secrets"),
     *("file_tree", "uninstall"),
 }
-KEYWORDS = {"name", "when", "loop", "loop_control", "register", "vars", "notify", "changed_when", "failed_when", "check_mode", "no_log", "diff", "environment"}
-KEYWORDS |= {"until", "retries", "delay", "delegate_to", "become", "run_once", "async", "poll", "tags", "block", "rescue", "always"}
 
 
 def tasks(found: Any) -> Iterator[dict[str, Any]]:
@@ -79,7 +77,7 @@ def each(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def module_of(task: dict[str, Any]) -> str:
-    (name,) = set(task) - KEYWORDS
+    (name,) = (key for key in task if "." in key)
     return name.rpartition(".")[2]
 
 

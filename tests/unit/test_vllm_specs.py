@@ -25,7 +25,14 @@ PLANS: dict[str, dict[str, Any]] = json.loads((DATA / "plans.json").read_text())
 CONFIGS = {file.stem: json.loads(file.read_text()) for file in sorted((DATA / "models").glob("*.json"))}
 GIB = plan_of.GIB
 # What vLLM calls the kinds.
-NAMES = {FULL: "FullAttention", SLIDING: "SlidingWindow", "chunked": "ChunkedLocalAttention", LATENT: "MLAAttention", STATE: "Mamba", SLIDING_LATENT: "SlidingWindowMLA"}
+NAMES = {
+    FULL: "FullAttention",
+    SLIDING: "SlidingWindow",
+    "chunked": "ChunkedLocalAttention",
+    LATENT: "MLAAttention",
+    STATE: "Mamba",
+    SLIDING_LATENT: "SlidingWindowMLA",
+}
 # Parameters that no formula counts: position embeddings, encoders of images, blocks that layers share, and sizes that only the safetensors tell. Their
 # files' sizes count.
 ROUGH = {"opt-125m", "gemma-3-27b", "hy4", "lfm2-1.2b", "minicpm3-4b", "zamba2-2.7b", "gemma-4-e2b", "gemma-3n-e4b", "llama-4-scout"}
