@@ -242,6 +242,7 @@ class Removal:
         if engine_answers and not set(going) & set(self._engine_packages()):
             self._images()
         self._packages(going)
+        self._users()
         self._data()
         # Last, because the record is in it.
         self._tree(self.wish.root)
@@ -484,6 +485,13 @@ class Removal:
         for name in names:
             self._note("packages", name)
         self._do("apt-get", *flags, word, *names, DEBIAN_FRONTEND="noninteractive")
+
+    def _users(self) -> None:
+        present = {line.partition(":")[0] for line in self.host.path("/etc/passwd").read_text().splitlines()}
+        for name in self.footprint["users"]:
+            if name in present:
+                self._note("users", name)
+                self._do("userdel", name)
 
     def _groups(self) -> None:
         present = {line.partition(":")[0]: line.split(":")[-1] for line in self.host.path("/etc/group").read_text().splitlines()}

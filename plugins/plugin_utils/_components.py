@@ -27,6 +27,7 @@ replaces              PATH: the unit that reads the file, or nothing, of each fi
 merges                PATH: keys of a JSON file of others that the role sets, each as names with dots between them
 data_paths            patterns of what goes with the data only; {domain} is agent_stack_domain
 groups                names of groups that came with the packages
+users                 names of users that the role makes, which begin with agent-stack-
 """
 
 from __future__ import annotations
@@ -69,12 +70,13 @@ class Component:
     merges: Mapping[str, list[str]] = field(default_factory=dict)
     data_paths: list[str] = field(default_factory=list)
     groups: list[str] = field(default_factory=list)
+    users: list[str] = field(default_factory=list)
 
 
 PACKAGE = ("leaves", "data", "in_use")
 KINDS: dict[str, tuple[type, str]] = {
     **dict.fromkeys(("images", "base_images", "ports", "uids", "optional_directories", "packages", "replaces", "merges"), (dict, "a mapping")),
-    **dict.fromkeys(("secrets", "metrics", "networks", "directories", "paths", "data_paths", "groups"), (list, "a list")),
+    **dict.fromkeys(("secrets", "metrics", "networks", "directories", "paths", "data_paths", "groups", "users"), (list, "a list")),
     "uid": (int, "a number"),
 }
 
@@ -169,7 +171,7 @@ def footprint(components: Iterable[Component], domain: str) -> dict[str, Any]:
     def listed(kind: str) -> list[str]:
         return list(dict.fromkeys(name for component in known for name in getattr(component, kind)))
 
-    found = {kind: listed(kind) for kind in ("paths", "groups", "networks")}
+    found = {kind: listed(kind) for kind in ("paths", "groups", "networks", "users")}
     found["data_paths"] = [path.replace("{domain}", domain) for path in listed("data_paths")]
     found["images"] = [str(image["reference"]) for image in images(known).values() if "reference" in image] + list(base_images(known).values())
     return {"packages": packages, "merges": merges, "replaces": {k: v for component in known for k, v in component.replaces.items()}, **found}

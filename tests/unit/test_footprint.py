@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ansible_collections.selfhosted.agent_stack.plugins.module_utils import _docker_found
 from ansible_collections.selfhosted.agent_stack.plugins.plugin_utils import _components
 from programs import ROOT
 
@@ -23,7 +24,7 @@ FOOTPRINT = _components.footprint(_components.load(ROLES).values(), "DOMAIN")
 # Where a task's paths are, by the module's last name. Modules without an entry here or in HARMLESS fail, so that a new one is looked at.
 PATHS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("copy", "template", "get_url", "unarchive"), ("dest",)),
-    **dict.fromkeys(("file", "openssl_privatekey", "x509_certificate", "host_record"), ("path",)),
+    **dict.fromkeys(("file", "openssl_privatekey", "x509_certificate", "host_record", "replace"), ("path",)),
 }
 HARMLESS = {
     # Ask, decide, or are looked at by name below.
@@ -33,6 +34,10 @@ HARMLESS = {
     # Below the stack's own directories, or on the controller.
     *("vllm_swap", "docker_compose_v2", "docker_network", "postgresql_user", "postgresql_db", "postgresql_membership", "api_key_file", "generated_secrets"),
     *("file_tree", "uninstall"),
+    # Read what is there.
+    *("server_check", "wait_for_connection"),
+    # Checked by its name below.
+    "user",
 }
 
 
@@ -141,15 +146,15 @@ def test_the_reader_sees_what_is_there() -> None:
     """One of each kind: otherwise a reader that sees nothing would pass everything."""
     paths = {path for path, _ in written()}
     assert paths >= {
-        *("/etc/docker/daemon.json", "/etc/logrotate.d/nginx", "/etc/nginx/agent-stack/htpasswd", "ROOT/vllm/watchdog/watchdog.py"),
-        *("/etc/systemd/system/agent-stack-agent-retention.timer", "/etc/systemd/system/agent-stack@.service", "/etc/apt/keyrings/docker.asc"),
+        *("/etc/docker/daemon.json", "/etc/logrotate.d/nginx", "/etc/nginx/agent-stack/login.py", "ROOT/vllm/watchdog/watchdog.py"),
+        *("/etc/systemd/system/agent-stack-agent-retention.timer", "/etc/systemd/system/agent-stack@.service", "/etc/apt/keyrings/agent-stack-docker.asc"),
         *("/usr/local/share/ca-certificates/agent-stack-*.crt", "/etc/apt/keyrings/nvidia-container-toolkit-*.asc", "DATA/postgres", "DATA/grafana"),
         *("/var/www/agent-stack-acme", "/etc/systemd/system/certbot.service.d/agent-stack.conf", "/etc/cdi/nvidia.yaml"),
     }
 
 
 # Directories of the system, which a role makes sure of before it writes into them; Debian's packages have them.
-SYSTEM = {"/etc/letsencrypt/renewal-hooks/deploy"}
+SYSTEM = {"/etc/apt/keyrings", "/etc/letsencrypt/renewal-hooks/deploy"}
 
 
 @pytest.mark.parametrize(("path", "where"), written())
@@ -184,13 +189,23 @@ def test_every_package_is_declared() -> None:
             asked |= words(arguments_of(task)["name"], variables(role))
     # Words of the expressions that are no packages.
     asked -= {"acme", "distribution", "regex_replace"}
-    assert asked >= {"nginx", "certbot", "docker.io", "docker-ce", "nvidia-container-toolkit", "python3-psycopg2", "mmdebstrap", "python3-debian"}
-    # What apt is asked for by Ansible itself, and not by a task.
-    assert asked == FOOTPRINT["packages"].keys() - {"python3-apt"}
+    # What is missing of Docker is chosen when the host was looked at.
+    for catalogue in (*_docker_found.DISTRIBUTION_PACKAGES.values(), _docker_found.VENDOR_PACKAGES):
+        asked |= set(itertools.chain(*catalogue.values()))
+    asked.add("python3-requests")
+    assert asked >= {"nginx", "certbot", "docker.io", "docker-ce", "nvidia-container-toolkit", "python3-psycopg2", "mmdebstrap"}
+    # What apt is asked for by Ansible itself and not by a task, and what an earlier version asked for.
+    assert asked == FOOTPRINT["packages"].keys() - {"apache2-utils", "python3-apt", "python3-debian"}
 
 
-def test_no_role_makes_users_or_groups_by_itself() -> None:
-    assert {module_of(task) for _, _, task in all_tasks()} & {"user", "group", "cron", "sysctl", "lineinfile", "blockinfile", "mount"} == set()
+def test_users_that_roles_make_are_declared() -> None:
+    made = {arguments_of(task)["name"] for _, _, task in all_tasks() if module_of(task) == "user"}
+    assert made == set(FOOTPRINT["users"])
+    assert all(name.startswith("agent-stack-") for name in made)
+
+
+def test_no_role_makes_groups_or_writes_into_files_of_others_by_itself() -> None:
+    assert {module_of(task) for _, _, task in all_tasks()} & {"group", "cron", "sysctl", "lineinfile", "blockinfile", "mount"} == set()
 
 
 def test_units_have_the_name_that_is_looked_for() -> None:
@@ -206,6 +221,8 @@ def test_what_is_declared_is_written_by_something() -> None:
         # By systemd, apt's plug-in for keys, Docker's merge with a backup, certbot, and the agent's log rotation.
         *("/etc/systemd/system/*.wants/agent-stack*", "/etc/systemd/system/agent-stack.target.wants/", "/var/lib/systemd/timers/stamp-agent-stack*"),
         *("/etc/docker/daemon.json.*~", "/var/log/agent-stack"),
+        # By an earlier version.
+        "/etc/nginx/nginx.conf.before-agent-stack",
     }
     for pattern in FOOTPRINT["paths"]:
         plain = pattern.rstrip("/")

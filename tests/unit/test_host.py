@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import host
 import pytest
-import yaml
+from ansible_collections.selfhosted.agent_stack.plugins.module_utils._docker_found import DISTRIBUTION_PACKAGES
 
 # `docker info` fails as it does where no daemon runs.
 NO_DAEMON = 'echo "Cannot connect to the Docker daemon" >&2; exit 1'
@@ -150,9 +151,7 @@ def test_a_host_may_have_docker_from_the_start(programs: Path, monkeypatch: pyte
 
 
 def test_docker_is_what_the_role_installs() -> None:
-    variables = yaml.safe_load((Path(__file__).resolve().parents[2] / "roles" / "docker" / "vars" / "main.yml").read_text())
-    (packages,) = (names["Debian 13"] for names in variables.values() if isinstance(names, dict) and "Debian 13" in names)
-    assert host.DOCKER_PACKAGES.split() == packages
+    assert host.DOCKER_PACKAGES.split() == list(itertools.chain(*DISTRIBUTION_PACKAGES["Debian 13"].values()))
 
 
 @pytest.mark.parametrize(("volumes", "copied"), [("seed-docker", 1), ("", 0)])

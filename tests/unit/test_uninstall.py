@@ -179,6 +179,9 @@ class Machine:
                 self.networks.remove(name)
             case ["docker", "image", "rm", name]:
                 self.images.remove(name)
+            case ["userdel", name]:
+                lines = (self.root / "etc/passwd").read_text().splitlines()
+                self.write("/etc/passwd", text([line for line in lines if not line.startswith(f"{name}:")]))
             case ["groupdel", name]:
                 lines = (self.root / "etc/group").read_text().splitlines()
                 self.write("/etc/group", text([line for line in lines if not line.startswith(f"{name}:")]))
@@ -198,6 +201,7 @@ def machine(tmp_path: Path) -> Machine:
     """A host with a life of its own, and no stack."""
     machine = Machine(tmp_path)
     machine.write("/etc/group", "root:x:0:\nusers:x:100:ada\n")
+    machine.write("/etc/passwd", "root:x:0:0::/root:/bin/bash\n")
     machine.write("/etc/hostname", "here")
     (tmp_path / "usr/local/sbin").mkdir(parents=True)
     (tmp_path / "opt").mkdir()
@@ -220,6 +224,7 @@ def install(machine: Machine, *, only: int = 99) -> None:
         lambda: machine.add(package("docker.io", "containerd", "libc6")),
         lambda: machine.add(package("containerd"), automatic=True),
         lambda: machine.write("/etc/group", (machine.root / "etc/group").read_text() + "docker:x:998:\n"),
+        lambda: machine.write("/etc/passwd", (machine.root / "etc/passwd").read_text() + "agent-stack-login:x:997:997::/nonexistent:/usr/sbin/nologin\n"),
         lambda: machine.write("/etc/docker/daemon.json", json.dumps(merged(machine))),
         lambda: machine.networks.extend(["agent-stack-data", "agent-stack-egress"]),
         lambda: machine.images.extend(["agent-stack/redis:1f", "postgres:17.6-trixie"]),
@@ -257,6 +262,8 @@ def test_a_host_becomes_what_it_was(machine: Machine) -> None:
     assert not (machine.root / "etc/systemd/system/logrotate.timer.d").exists()
     assert removal.removed["packages"] == ["certbot", "containerd", "curl", "docker.io", "nginx"]
     assert removal.removed["groups"] == ["docker"]
+    assert (machine.root / "etc/passwd").read_text() == "root:x:0:0::/root:/bin/bash\n"
+    assert removal.removed["users"] == ["agent-stack-login"]
     assert removal.kept == []
 
 
