@@ -29,9 +29,9 @@ VENDOR = ["docker-ce", "docker-ce-cli", "containerd.io", "docker-compose-plugin"
         pytest.param({"packages": ["containerd.io"]}, "auto", VENDOR, True, id="containerd.io without an engine, as Kubernetes has it"),
         pytest.param({"engine": CE, "packages": CE_PACKAGES}, "auto", [], False, id="docker-ce"),
         pytest.param({"engine": CE, "packages": CE_PACKAGES}, "distribution", [], False, id="docker-ce, where the operator would take the distribution's"),
-        pytest.param({"engine": {**CE, "compose": ""}, "packages": CE_PACKAGES}, "auto", ["docker-compose-plugin"], True, id="docker-ce without Compose"),
+        pytest.param({"engine": CE | {"compose": ""}, "packages": CE_PACKAGES}, "auto", ["docker-compose-plugin"], True, id="docker-ce without Compose"),
         pytest.param(
-            {"engine": {**CE, "compose": "2.17.2"}, "packages": CE_PACKAGES, "sources": [VENDOR_SOURCE]},
+            {"engine": CE | {"compose": "2.17.2"}, "packages": CE_PACKAGES, "sources": [VENDOR_SOURCE]},
             "auto",
             ["docker-compose-plugin"],
             False,
