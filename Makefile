@@ -40,7 +40,7 @@ demo-clean: venv
 
 CHECK_PARTS := types unit agent-unit style
 TEST_PARTS := images molecule agent-test molecule-swap molecule-nvidia $(CHECK_PARTS) unit-plays ansible-lint sanity promtool-test
-ALL_PARTS := more-newest more-hosts more-swap more-nvidia more-sanity importer bench-test
+ALL_PARTS := more-newest more-hosts more-swap more-nvidia more-sanity importer bench-test restore-test
 # These measure seconds, so nothing runs beside them.
 LAST_PARTS := system-test
 
@@ -72,7 +72,7 @@ test-all:
 
 ## make drills        by hand, before a release: the long counts of all drills, and the benches
 .PHONY: drills
-drills: drill-agent
+drills: drill-agent drill-restore
 	$(MAKE) molecule-swap molecule-hosts molecule-nvidia system-test
 	$(MAKE) bench-agent bench-swap bench-rows bench-retention
 
@@ -202,6 +202,10 @@ more-newest:
 more-sanity:
 	$(PART) $@ python tools/sanity.py 2.20 2.21
 
+.PHONY: restore-test
+restore-test: agent-venv packages
+	$(PART) $@ bash -c '$(RESTORE_DRILL) --rounds 1 --seconds 6'
+
 .PHONY: bench-test
 bench-test: agent-venv packages
 	$(PART) $@ bash -c 'cd bench && $(CURDIR)/.cache/agent-venv/bin/python -B -m pytest -q'
@@ -229,6 +233,13 @@ bench-rows: .cache/agent-venv/.complete packages
 .PHONY: drill-agent
 drill-agent: .cache/agent-venv/.complete packages
 	cd files/agent && $(CURDIR)/.cache/agent-venv/bin/python tests/drills/kill_drill.py
+
+RESTORE_DRILL := cd files/agent && $(CURDIR)/.cache/agent-venv/bin/python tests/drills/restore_drill.py
+
+## make drill-restore the volume of Postgres is deleted under load and restored to a second, ten times; then every turn is looked for
+.PHONY: drill-restore
+drill-restore: .cache/agent-venv/.complete packages
+	$(RESTORE_DRILL) --rounds 10
 
 ## make bench-retention  what live turns notice while the retention job deletes 100,000 threads; about five minutes
 .PHONY: bench-retention

@@ -1,10 +1,11 @@
 #!/bin/sh
-# Installs the Debian packages that the tests run for real, where they are missing: Postgres, Redis, nginx,
+# Installs the Debian packages that the tests run for real, where they are missing: Postgres, pgBackRest, Redis, nginx,
 # HAProxy, promtool, Chromium, Node, nftables, iptables and iproute2, and a compiler for the driver of the scenario `nvidia`.
 # Nothing is started: the tests start servers of their own, on free loopback ports.
 set -eu
 missing=
 ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || missing="$missing postgresql"
+command -v pgbackrest >/dev/null || missing="$missing pgbackrest"
 command -v redis-server >/dev/null || missing="$missing redis-server"
 PATH="$PATH:/usr/sbin" command -v nginx >/dev/null || missing="$missing nginx"
 PATH="$PATH:/usr/sbin" command -v haproxy >/dev/null || missing="$missing haproxy"

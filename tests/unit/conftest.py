@@ -1,10 +1,10 @@
-"""Marks the tests that run a play, which takes seconds where a table takes none."""
+"""Marks the tests that run a play or a server, which takes seconds where a table takes none."""
 
 from __future__ import annotations
 
 import pytest
 
-PLAYED = {"installed", "played", "rendered", "site"}
+PLAYED = {"installed", "played", "rendered", "site", "stack"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -20,10 +20,22 @@ SHARED: dict[str, Any] = {
     "agent_stack_domain": "agent.example.com",
     "agent_stack_email": "ops@example.com",
     "nginx_certbot_proxy_secret": "s" * 32,
-    **dict.fromkeys(("nginx_certbot_password", "postgres_agent_password", "postgres_exporter_password"), GOOD),
+    **dict.fromkeys(("nginx_certbot_password", "postgres_agent_password", "postgres_backup_cipher_pass", "postgres_exporter_password"), GOOD),
     **dict.fromkeys(("redis_agent_password", "redis_exporter_password"), GOOD),
 }
 ROLES = ("postgres", "redis", "nginx_certbot", "logrotate", "firewall")
+S3 = {
+    "postgres_backup_s3_endpoint": "s3.example.com:9000",
+    "postgres_backup_s3_bucket": "backups",
+    "postgres_backup_s3_key": "key",
+    "postgres_backup_s3_key_secret": "a/secret+=",
+}
+SFTP = {
+    "postgres_backup_sftp_host": "backup.example.com",
+    "postgres_backup_sftp_user": "agent",
+    "postgres_backup_sftp_host_fingerprint": "0f" * 32,
+    "postgres_backup_sftp_private_key_file": __file__,
+}
 TAKEN: dict[str, dict[str, Any]] = {
     "defaults": {},
     "least": {"redis_maxmemory_mib": 16, "postgres_max_connections": "20", "logrotate_keep": 1},
@@ -33,6 +45,9 @@ TAKEN: dict[str, dict[str, Any]] = {
         "firewall_ssh_ports": [2222],
         "firewall_trusted_networks": ["192.0.2.7", "10.0.0.0/8", "fd00::/8", "::1"],
     },
+    "no backup": {"postgres_backup_repository": "none"},
+    "s3": {"postgres_backup_repository": "s3", **S3},
+    "sftp": {"postgres_backup_repository": "sftp", **SFTP},
     "half": {"postgres_memory_limit_mib": 256, "postgres_shared_buffers_mib": 128},
 }
 BAD_PORTS = [
@@ -47,6 +62,36 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"redis_maxmemory_mib": 65537}, "redis_maxmemory_mib is 65537; allowed is a whole number from 16 to 65536."),
     ({"postgres_max_connections": 19}, "postgres_max_connections is 19; allowed is a whole number from 20 to 10000."),
     ({"postgres_memory_limit_mib": 256, "postgres_shared_buffers_mib": 129}, "postgres_shared_buffers_mib is 129; allowed is a whole number from 16 to 128."),
+    ({"postgres_backup_cipher_pass": "short"}, "postgres_backup_cipher_pass has 5 characters; allowed are at least 12"),
+    ({"postgres_backup_keep_full": 0}, "postgres_backup_keep_full is 0; allowed is a whole number from 1 to 1000."),
+    ({"postgres_backup_wal_queue_mib": 63}, "postgres_backup_wal_queue_mib is 63; allowed is a whole number from 64 to 1048576."),
+    ({"postgres_backup_directory": "backups"}, 'postgres_backup_directory is "backups"; with postgres_backup_repository=directory allowed is an absolute path'),
+    (
+        {"agent_stack_data_dir": "/srv/data", "postgres_backup_directory": "/srv/data/postgres/backups"},
+        'postgres_backup_directory is "/srv/data/postgres/backups"; allowed is a directory outside the cluster\'s, which a restore replaces.',
+    ),
+    ({"postgres_backup_stanza": "a]\nb"}, 'postgres_backup_stanza is "a]\\nb"; with postgres_backup_repository=directory allowed is a name of 1 to 32'),
+    ({"postgres_backup_schedule": "at night"}, 'postgres_backup_schedule is "at night" and postgres_backup_drill_schedule "Sun *-*-* 05:00:00"; allowed are'),
+    (
+        {"postgres_backup_repository": "s3", **S3, "postgres_backup_s3_endpoint": "https://s3.example.com"},
+        'postgres_backup_s3_endpoint is "https://s3.example.com"; with postgres_backup_repository=s3 allowed is a server\'s name or address',
+    ),
+    (
+        {"postgres_backup_repository": "s3", **S3, "postgres_backup_s3_bucket": ""},
+        'postgres_backup_s3_bucket is ""; with postgres_backup_repository=s3 allowed is a bucket\'s name',
+    ),
+    (
+        {"postgres_backup_repository": "s3", **S3, "postgres_backup_s3_key_secret": ""},
+        "postgres_backup_s3_key_secret has 0 characters; allowed are one or more",
+    ),
+    (
+        {"postgres_backup_repository": "sftp", **SFTP, "postgres_backup_sftp_host_fingerprint": "SHA256:abc"},
+        'postgres_backup_sftp_host_fingerprint is "SHA256:abc"; with postgres_backup_repository=sftp allowed is the SHA-256 digest',
+    ),
+    (
+        {"postgres_backup_repository": "sftp", **SFTP, "postgres_backup_sftp_private_key_file": "/absent"},
+        'postgres_backup_sftp_private_key_file is "/absent"; allowed is a file on the controller.',
+    ),
     ({"logrotate_keep": 366}, "logrotate_keep is 366; allowed is a whole number from 1 to 365."),
     ({"nginx_certbot_more_domains": ["Chat.example.com"]}, 'nginx_certbot_more_domains is ["Chat.example.com"]. Allowed: up to 99 host names'),
     ({"nginx_certbot_more_domains": ["agent.example.com"]}, 'nginx_certbot_more_domains is ["agent.example.com"]. Allowed: up to 99 host names'),
