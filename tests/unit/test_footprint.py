@@ -23,7 +23,7 @@ FOOTPRINT = _components.footprint(_components.load(ROLES).values(), "DOMAIN")
 # Where a task's paths are, by the module's last name. Modules without an entry here or in HARMLESS fail, so that a new one is looked at.
 PATHS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("copy", "template", "get_url", "unarchive"), ("dest",)),
-    **dict.fromkeys(("file", "openssl_privatekey", "x509_certificate", "host_record"), ("path",)),
+    **dict.fromkeys(("file", "lineinfile", "openssl_privatekey", "x509_certificate", "host_record"), ("path",)),
 }
 HARMLESS = {
     # Ask, decide, or are looked at by name below.
@@ -32,7 +32,7 @@ HARMLESS = {
     *("openssl_csr_pipe", "gpu_vram_info", "vllm_health", "vllm_plan", "postgresql_query", "apt", "systemd_service", "deb822_repository"),
     # Below the stack's own directories, or on the controller.
     *("vllm_swap", "docker_compose_v2", "docker_network", "postgresql_user", "postgresql_db", "postgresql_membership", "api_key_file", "generated_secrets"),
-    *("file_tree", "uninstall"),
+    *("file_tree", "uninstall", "clean"),
 }
 KEYWORDS = {"name", "when", "loop", "loop_control", "register", "vars", "notify", "changed_when", "failed_when", "check_mode", "no_log", "diff", "environment"}
 KEYWORDS |= {"until", "retries", "delay", "delegate_to", "become", "run_once", "async", "poll", "tags", "block", "rescue", "always"}
@@ -192,7 +192,7 @@ def test_every_package_is_declared() -> None:
 
 
 def test_no_role_makes_users_or_groups_by_itself() -> None:
-    assert {module_of(task) for _, _, task in all_tasks()} & {"user", "group", "cron", "sysctl", "lineinfile", "blockinfile", "mount"} == set()
+    assert {module_of(task) for _, _, task in all_tasks()} & {"user", "group", "cron", "sysctl", "blockinfile", "mount"} == set()
 
 
 def test_units_have_the_name_that_is_looked_for() -> None:
