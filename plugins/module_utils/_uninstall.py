@@ -137,7 +137,7 @@ def flat_keys(options: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _familiar(reference: str) -> tuple[str, str]:
+def familiar(reference: str) -> tuple[str, str]:
     """Return repository and tag of an image as the engine lists them: without Docker's own registry."""
     name, tag = reference.partition("@")[0].rsplit(":", 1)
     return re.sub(r"^docker\.io/(library/)?", "", name), tag
@@ -179,6 +179,12 @@ class Host:
         if status != 0:
             raise UninstallError(f"dpkg-query cannot list the packages: {output.strip()}")
         return parse_packages(output)
+
+
+def pulled_images(host: Host, root: str) -> list[str]:
+    """Return the references that plays ever pulled, of whatever version; the role agent_stack writes them down."""
+    file = host.path(f"{root}/pulled-images")
+    return file.read_text().split() if file.is_file() else []
 
 
 def take_record(host: Host, replaces: Iterable[str], merges: Iterable[str], stack: str) -> dict[str, Any]:
@@ -506,7 +512,7 @@ class Removal:
 
     def _images(self) -> None:
         """Those that were not there before and that no container uses. What the stack built has a name of its own, in every version."""
-        wanted = {_familiar(reference) for reference in self.footprint["images"]}
+        wanted = {familiar(reference) for reference in [*self.footprint["images"], *pulled_images(self.host, self.wish.root)]}
         before = set(self.record.get("images", []))
         for line in self.host.lines("docker", "image", "ls", "--no-trunc", "--digests", "--format", "{{.Repository}} {{.Tag}} {{.Digest}} {{.ID}}"):
             repository, tag, digest, identity = line.split()

@@ -24,7 +24,7 @@ FOOTPRINT = _components.footprint(_components.load(ROLES).values(), "DOMAIN")
 # Where a task's paths are, by the module's last name. Modules without an entry here or in HARMLESS fail, so that a new one is looked at.
 PATHS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("copy", "template", "get_url", "unarchive"), ("dest",)),
-    **dict.fromkeys(("file", "openssl_privatekey", "x509_certificate", "host_record", "replace"), ("path",)),
+    **dict.fromkeys(("file", "lineinfile", "openssl_privatekey", "x509_certificate", "host_record", "replace"), ("path",)),
 }
 HARMLESS = {
     # Ask, decide, or are looked at by name below.
@@ -33,7 +33,7 @@ HARMLESS = {
     *("openssl_csr_pipe", "gpu_vram_info", "vllm_health", "vllm_plan", "postgresql_query", "apt", "systemd_service", "deb822_repository"),
     # Below the stack's own directories, or on the controller.
     *("vllm_swap", "docker_compose_v2", "docker_network", "postgresql_user", "postgresql_db", "postgresql_membership", "api_key_file", "generated_secrets"),
-    *("file_tree", "uninstall"),
+    *("file_tree", "uninstall", "clean"),
     # Read what is there.
     *("server_check", "wait_for_connection"),
     # Checked by its name below.
@@ -205,7 +205,7 @@ def test_users_that_roles_make_are_declared() -> None:
 
 
 def test_no_role_makes_groups_or_writes_into_files_of_others_by_itself() -> None:
-    assert {module_of(task) for _, _, task in all_tasks()} & {"group", "cron", "sysctl", "lineinfile", "blockinfile", "mount"} == set()
+    assert {module_of(task) for _, _, task in all_tasks()} & {"group", "cron", "sysctl", "blockinfile", "mount"} == set()
 
 
 def test_units_have_the_name_that_is_looked_for() -> None:

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[3]
-NAME = "agent-stack-molecule"
+# Another host, and its inventory, may be named.
+NAME = os.environ.get("DRILL_HOST", "agent-stack-molecule")
+INVENTORY = os.environ.get("DRILL_INVENTORY", str(ROOT / "molecule" / "default" / "inventory" / "hosts.yml"))
 BEFORE = ROOT / ".cache" / "molecule-default-before.json"
 DATA = "/var/lib/agent-stack"
 
@@ -32,8 +34,7 @@ def state() -> dict[str, Any]:
 
 def uninstall(*arguments: str) -> tuple[int, str]:
     """Return how many tasks changed something, and what the play said. It must not fail."""
-    inventory = ROOT / "molecule" / "default" / "inventory" / "hosts.yml"
-    command = [str(Path(sys.executable).parent / "ansible-playbook"), "playbooks/uninstall.yml", "-i", str(inventory)]
+    command = [str(Path(sys.executable).parent / "ansible-playbook"), "playbooks/uninstall.yml", "-i", INVENTORY]
     command += ["-e", f"@{ROOT / '.cache' / 'machine.json'}", *arguments]
     environment = {**os.environ, "ANSIBLE_NOCOLOR": "1", "MOLECULE_PROJECT_DIRECTORY": str(ROOT), "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -66,8 +67,7 @@ def test_a_dry_run_changes_nothing() -> None:
 
 
 def test_without_a_word_for_it_nothing_goes() -> None:
-    inventory = ROOT / "molecule" / "default" / "inventory" / "hosts.yml"
-    command = [str(Path(sys.executable).parent / "ansible-playbook"), "playbooks/uninstall.yml", "-i", str(inventory)]
+    command = [str(Path(sys.executable).parent / "ansible-playbook"), "playbooks/uninstall.yml", "-i", INVENTORY]
     environment = {**os.environ, "ANSIBLE_NOCOLOR": "1", "MOLECULE_PROJECT_DIRECTORY": str(ROOT), "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode != 0
