@@ -37,12 +37,15 @@ class ActionModule(ActionBase):
                 "variable": {"type": "str", "required": True},
                 "names": {"type": "list", "elements": "str", "required": True},
                 "length": {"type": "int", "default": 32},
+                "given": {"type": "dict", "default": {}, "no_log": True},
                 "state": {"type": "str", "choices": ["present", "read"], "default": "present"},
             },
         )
         file = SecretsFile(self._loader, Path(args["path"]), args["variable"], COMMENT)
-        values, created = with_missing(file.values, args["names"], args["length"])
-        writes = bool(created) and args["state"] == "present"
+        # What the inventory gives is neither made nor kept here, but what the file has is the file's.
+        given = {name: value for name, value in args["given"].items() if name not in file.values}
+        values, created = with_missing(file.values, [name for name in args["names"] if name not in given], args["length"])
+        writes = args["state"] == "present" and (bool(created) or file.unprotected)
         if writes and not self._task.check_mode:
             file.write(values)
-        return {**result, "changed": writes, "secrets": values, "created": created}
+        return {**result, "changed": writes, "secrets": {**values, **given}, "created": created, "given": given}

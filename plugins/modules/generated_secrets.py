@@ -13,7 +13,9 @@ version_added: 0.1.0
 description:
   - Reads a mapping of secrets from a YAML variables file on the controller, and adds random ones for the names that it lacks.
   - Existing values are never changed and never removed.
-  - The file is written atomically with mode C(0600). If Ansible was given a vault password, the file is encrypted with it.
+  - The file is written atomically with mode C(0600), and what else is in it stays as it was. If Ansible was given a vault password, the file is encrypted
+    with it, with the identity of C(ANSIBLE_VAULT_ENCRYPT_IDENTITY) if that is set. A file that others can read, or that is plain although there is a vault
+    password, is written again.
   - Runs on the controller only, whatever the host of the task is.
 options:
   path:
@@ -33,6 +35,10 @@ options:
     description: Number of characters of a new secret, taken from letters and digits.
     type: int
     default: 32
+  given:
+    description: Secrets that are given elsewhere, by their names. They are not generated and not written to the file, whose own values come first.
+    type: dict
+    default: {}
   state:
     description:
       - V(present) writes new secrets to the file.
@@ -64,6 +70,11 @@ secrets:
   returned: success
   type: dict
   sample: {"redis_agent_password": "VALUE_SPECIFIED_IN_NO_LOG_PARAMETER"}
+given:
+  description: The part of O(given) that the file does not have itself.
+  returned: success
+  type: dict
+  sample: {}
 created:
   description: Names whose values are new.
   returned: success
