@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -191,12 +192,12 @@ def test_no_task_on_the_controller_becomes_root() -> None:
     assert [play["name"] for play in plays if play.get("vars", {}).get("ansible_become") is not False] == []
 
 
-def flat(tasks: list[dict[str, object]]) -> list[dict[str, object]]:
+def flat(tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for task in tasks:
         found.append(task)
         for part in ("block", "rescue", "always"):
-            found += flat(task.get(part, []))  # type: ignore[arg-type]
+            found += flat(task.get(part, []))
     return found
 
 

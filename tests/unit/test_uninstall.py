@@ -227,7 +227,7 @@ def install(machine: Machine, *, only: int = 99) -> None:
         lambda: machine.write("/etc/passwd", (machine.root / "etc/passwd").read_text() + "agent-stack-login:x:997:997::/nonexistent:/usr/sbin/nologin\n"),
         lambda: machine.write("/etc/docker/daemon.json", json.dumps(merged(machine))),
         lambda: machine.networks.extend(["agent-stack-data", "agent-stack-egress"]),
-        lambda: machine.images.extend(["agent-stack/redis:1f", "postgres:17.6-trixie"]),
+        lambda: machine.images.extend(["agent-stack/redis:1f", "redis:8.0.3-bookworm"]),
         lambda: machine.write("/opt/agent-stack/redis/compose.yml", "name: agent-stack-redis"),
         lambda: machine.containers.append(("c1", "agent-stack-redis", "agent-stack-redis-redis-1")),
         lambda: machine.write("/var/lib/agent-stack/postgres/base", "conversations"),
@@ -318,7 +318,7 @@ def test_a_dry_run_says_what_the_real_one_does(machine: Machine) -> None:
 def test_what_others_have_stays(machine: Machine) -> None:
     """An engine, images, files and packages from before, and a container, a site and a certificate that came later."""
     machine.add(package("docker.io"), package("logrotate"))
-    machine.images.append("postgres:17.6-trixie")
+    machine.images.append("redis:8.0.3-bookworm")
     machine.write("/etc/docker/daemon.json", '{"labels": ["theirs"]}')
     machine.write("/etc/logrotate.d/nginx", "theirs")
     install(machine)
@@ -334,7 +334,7 @@ def test_what_others_have_stays(machine: Machine) -> None:
     assert (machine.root / "etc/letsencrypt/renewal/own.example.com.conf").exists()
     assert not (machine.root / "etc/letsencrypt/renewal/agent.example.com.conf").exists()
     assert set(machine.packages) == {"bash", "libc6", "docker.io", "containerd", "logrotate", "nginx", "certbot"}
-    assert machine.images == ["postgres:17.6-trixie", "theirs:1"]
+    assert machine.images == ["redis:8.0.3-bookworm", "theirs:1"]
     assert removal.removed["images"] == ["agent-stack/redis:1f"]
     assert [each[2] for each in machine.containers] == ["theirs"]
     assert "systemctl try-restart docker.service" not in machine.did
@@ -351,7 +351,7 @@ def test_an_engine_that_others_use_stays(machine: Machine) -> None:
     removal = machine.remove()
     assert "docker.io" in machine.packages
     assert "the package docker.io, because of theirs" in removal.kept
-    assert removal.removed["images"] == ["agent-stack/redis:1f", "postgres:17.6-trixie"]
+    assert removal.removed["images"] == ["agent-stack/redis:1f", "redis:8.0.3-bookworm"]
 
 
 def test_a_record_that_came_after_the_stack_claims_no_package(machine: Machine) -> None:
