@@ -281,3 +281,15 @@ def test_token(content: str, token: str | None, tmp_path: Path) -> None:
 def test_missing_token_file(target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(target, "--hub", "a/b", "--token-file", str(tmp_path / "none")) == 1
     assert capsys.readouterr().err == f"fetch-model: cannot read the token file {tmp_path / 'none'}: No such file or directory\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "proxy"), [(None, ""), ("", ""), ("{}", ""), ('{"https_proxy": "http://user:word@proxy:3128"}', "http://user:word@proxy:3128")]
+)
+def test_a_way_out_through_a_proxy_comes_as_a_file(tmp_path: Path, content: str | None, proxy: str) -> None:
+    os.environ.pop("https_proxy", None)
+    file = tmp_path / "proxy.json"
+    if content is not None:
+        file.write_text(content)
+    fetch_model.use_proxy(file)
+    assert os.environ.get("https_proxy", "") == proxy

@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 MARKER = ".complete"
+# Environment variables for a way out through a proxy. A file, because an address may have a login, which an environment would show.
+PROXY = Path("/run/secrets/proxy.json")
 OTHER_WEIGHTS = ("*.bin", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.pt", "*.pth", "original/*", "consolidated*")
 
 Source = dict[str, str]
@@ -244,10 +246,17 @@ def fetch(source: Source, target: Path, token_file: Path | None) -> str:
     return "fetched"
 
 
+def use_proxy(file: Path) -> None:
+    """Take the proxy settings that the play wrote down, for this process and for pip."""
+    if file.exists():
+        os.environ.update(json.loads(file.read_text() or "{}"))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     source = source_of(options)
     try:
+        use_proxy(PROXY)
         print(fetch(source, options.to.absolute(), options.token_file))
     except Exception as error:
         print(f"fetch-model: {describe(error, source)}", file=sys.stderr)

@@ -1,0 +1,57 @@
+"""What every task and playbook has to have, whoever writes it: a host in use, a proxy or a company's inventory would break it otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import yaml
+from programs import ROOT
+
+
+class Loader(yaml.SafeLoader):
+    """Reads Ansible's `!unsafe`."""
+
+
+Loader.add_constructor("!unsafe", lambda loader, node: node.value)
+FILES = sorted([*ROOT.glob("roles/*/tasks/*.yml"), *ROOT.glob("roles/*/handlers/*.yml")])
+
+
+def flat(tasks: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for task in tasks:
+        yield task
+        for part in ("block", "rescue", "always"):
+            yield from flat(task.get(part, []))
+
+
+def tasks_with(module: str) -> list[tuple[str, dict[str, Any]]]:
+    """Each task that runs a module, with a name to show."""
+    found = []
+    for file in FILES:
+        for task in flat(yaml.load(file.read_text(), Loader=Loader) or []):  # noqa: S506  a safe loader with one more tag
+            if module in task:
+                found.append((f"{file.parent.parent.name}: {task['name']}", task[module]))
+    assert found
+    return found
+
+
+def test_every_task_waits_for_the_lock_of_apt() -> None:
+    """unattended-upgrades and cloud-init hold it for minutes."""
+    assert [name for name, arguments in tasks_with("ansible.builtin.apt") if arguments.get("lock_timeout") != 600] == []
+
+
+def test_nothing_asks_the_hosts_own_addresses_through_a_proxy() -> None:
+    assert [name for name, arguments in tasks_with("ansible.builtin.uri") if arguments.get("use_proxy") is not False] == []
+
+
+def test_what_installs_an_engine_or_its_runtime_removes_nothing() -> None:
+    installing = [(name, arguments) for name, arguments in tasks_with("ansible.builtin.apt") if name.startswith(("docker: Install", "nvidia_toolkit: Install"))]
+    assert len(installing) == 2
+    assert [name for name, arguments in installing if arguments.get("fail_on_autoremove") is not True] == []
+
+
+@pytest.mark.parametrize("path", sorted(set(ROOT.glob("playbooks/*.yml")) - {ROOT / "playbooks" / "ansible_version.yml"}), ids=lambda path: path.stem)
+def test_no_playbook_is_for_hosts_that_are_not_the_stacks(path: Any) -> None:
+    hosts = [play["hosts"] for play in yaml.safe_load(path.read_text()) if "hosts" in play]
+    assert [pattern for pattern in hosts if pattern != "localhost" and not pattern.startswith("{{ lookup('selfhosted.agent_stack.topology').")] == []
