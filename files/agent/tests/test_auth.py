@@ -84,7 +84,7 @@ class Service:
         error = answer.json()["error"]
         assert error.keys() == {"code", "message"} | ({"id"} if answer.status_code >= 500 else set())
         assert ("WWW-Authenticate" in answer.headers) == (answer.status_code == 401)
-        assert ("Retry-After" in answer.headers) == (answer.status_code == 503)
+        assert ("Retry-After" in answer.headers) == (answer.status_code in {429, 503})
         return answer.status_code, error["code"]
 
 
@@ -370,3 +370,56 @@ class TestKeys:
             assert (run.returncode, run.stdout) == (1, "")
             assert error in run.stderr
             assert "Traceback" not in run.stderr
+
+
+def test_wrong_keys_are_slowed_down_and_right_ones_never(environ: dict[str, str], keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Otherwise each takes half a second.
+    monkeypatch.setattr(auth, "UNKNOWN_SECONDS", 0)
+    key = str(keys("create", "ci")["key"])
+
+    def client(number: int) -> dict[str, str | bytes]:
+        return {"X_Real_IP": f"192.0.2.{number}", "X_Proxy_Secret": PROXY_SECRET}
+
+    async def test() -> None:
+        async with serve(environ) as service:
+            assert await service.ask(X_Api_Key=key, **client(1)) == (200, "key:ci")
+            for number in range(auth.WRONG_OF_ADDRESS):
+                assert await service.ask(X_Api_Key=f"ask_{number}_" + "x" * 43, **client(1)) == (401, "unauthorized")
+            assert await service.ask(X_Api_Key=ASK, **client(1)) == (429, "too_many_wrong_keys")
+            # Who gives the right key of before, who comes from elsewhere, and who only says so without the proxy's secret.
+            assert await service.ask(X_Api_Key=key, **client(1)) == (200, "key:ci")
+            assert await service.ask(X_Api_Key=ASK, **client(2)) == (401, "unauthorized")
+            assert await service.ask(X_Api_Key=ASK, X_Real_IP="192.0.2.1") == (401, "unauthorized")
+            # The name in the key is counted over all addresses.
+            for number in range(auth.WRONG_OF_NAME):
+                await service.ask(X_Api_Key=ASK, **client(3 + number))
+            assert await service.ask(X_Api_Key=ASK, **client(200)) == (429, "too_many_wrong_keys")
+            assert await service.ask(X_Api_Key="ask_other_" + "x" * 43, **client(200)) == (401, "unauthorized")
+            assert await service.ask(X_Api_Key=key, **client(200)) == (200, "key:ci")
+
+    run(test)
+
+
+def test_the_wait_doubles_and_ends() -> None:
+    now = 1000.0
+    guesses = auth.Guesses(lambda: now)
+    waits = []
+    for _ in range(12):
+        guesses.wrong("a", 3)
+        waits.append(guesses.wait("a"))
+        now += waits[-1]
+    assert waits == [0, 0, 1, 2, 4, 8, 16, 32, 60, 60, 60, 60]
+    assert guesses.wait("b") == 0
+    now += auth.FORGOTTEN_SECONDS + 1
+    guesses.wrong("a", 3)
+    assert guesses.wait("a") == 0
+    guesses.right("a")
+    assert guesses.wait("a") == 0
+
+
+def test_only_so_many_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auth, "GUESSERS", 3)
+    guesses = auth.Guesses()
+    for who in "abcdef":
+        guesses.wrong(who, 1)
+    assert [who for who in "abcdef" if guesses.wait(who)] == ["d", "e", "f"]

@@ -9,6 +9,7 @@ import logging
 import math
 import re
 import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from hmac import compare_digest
@@ -41,6 +42,14 @@ UNKNOWN_SECONDS = 0.5
 FAILED_SECONDS = 1
 LOAD_SECONDS = 2
 
+# Wrong keys in a row before the first wait, of one address and for one name; each further one doubles it. A key that is right never waits.
+WRONG_OF_ADDRESS = 20
+WRONG_OF_NAME = 100
+LONGEST_WAIT = 60
+# After so long without a wrong one, an address or a name begins anew.
+FORGOTTEN_SECONDS = 600
+GUESSERS = 10_000
+
 OPEN_PATHS = frozenset({"/health", "/metrics", "/ready"})
 
 
@@ -48,6 +57,12 @@ class Unauthorized(ServiceError):
     status = 401
     code = "unauthorized"
     message = "Give a valid API key, as `Authorization: Bearer KEY` or `X-Api-Key: KEY`."
+
+
+class TooManyWrongKeys(ServiceError):
+    status = 429
+    code = "too_many_wrong_keys"
+    message = "Too many API keys were wrong. Wait before you try another one."
 
 
 class KeysUnavailable(ServiceError):
@@ -77,6 +92,33 @@ class Principal:
 def key_hash(key: str) -> bytes:
     """A plain digest is enough: nobody guesses 256 random bits."""
     return hashlib.sha256(key.encode()).digest()
+
+
+class Guesses:
+    """Wrong keys in a row by whoever sent them, in this worker. Each costs a question to Postgres, and a line in the log."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        # How many, when the last was, and until when no other is looked at.
+        self._wrong: OrderedDict[str, tuple[int, float, float]] = OrderedDict()
+
+    def wait(self, who: str) -> int:
+        """Seconds until another key of theirs is looked at."""
+        _, _, until = self._wrong.get(who, (0, 0.0, 0.0))
+        return max(0, math.ceil(until - self._clock()))
+
+    def wrong(self, who: str, free: int) -> None:
+        now = self._clock()
+        count, last, _ = self._wrong.get(who, (0, now, 0.0))
+        count = count + 1 if now - last <= FORGOTTEN_SECONDS else 1
+        wait = min(2 ** min(count - free, 10), LONGEST_WAIT) if count >= free else 0
+        self._wrong[who] = (count, now, now + wait)
+        self._wrong.move_to_end(who)
+        while len(self._wrong) > GUESSERS:
+            self._wrong.popitem(last=False)
+
+    def right(self, who: str) -> None:
+        self._wrong.pop(who, None)
 
 
 class KeyRing:
@@ -112,6 +154,10 @@ class KeyRing:
         if principal:
             self._used.add(principal.name)
         return principal
+
+    def knows(self, key: str) -> bool:
+        """Whether it was among the keys that were read last, which costs nothing to say."""
+        return key_hash(key) in self._keys
 
     async def close(self) -> None:
         tasks = [task for task in (self._loading, *self._abandoned) if task]
@@ -203,16 +249,35 @@ class Authenticator:
     def __init__(self, keys: KeyRing, proxy_secret: SecretStr | None) -> None:
         self._keys = keys
         self._proxy = Proxy(proxy_secret)
+        self._guesses = Guesses()
 
     async def principal(self, headers: Headers) -> Principal:
-        """Whom these headers speak for, or raise Unauthorized. A key that is given decides, right or wrong."""
+        """Whom these headers speak for, or raise Unauthorized or TooManyWrongKeys. A key that is given decides, right or wrong."""
         key = headers.get("X-Api-Key")
         if not key:
             scheme, _, value = headers.get("Authorization", "").partition(" ")
             key = value.strip() if scheme.lower() == "bearer" else None
-        found = await self._keys.find(key) if key else self._user(headers)
+        found = await self._holder(key, headers) if key else self._user(headers)
         if found is None:
             raise Unauthorized
+        return found
+
+    async def _holder(self, key: str, headers: Headers) -> Principal | None:
+        if self._keys.knows(key):
+            return await self._keys.find(key)
+        # Only the proxy says whose address it was. Whoever comes past it is a neighbour in the stack's own networks.
+        address = "address " + (headers.get("X-Real-IP", "") if self._proxy.sent(headers) else "")
+        # ask_NAME_RANDOM, whose random part is always as long.
+        name = "name " + key[len(KEY_PREFIX) + 1 : -44]
+        if wait := max(self._guesses.wait(address), self._guesses.wait(name)):
+            raise TooManyWrongKeys(retry_after=wait)
+        found = await self._keys.find(key)
+        if found:
+            self._guesses.right(address)
+            self._guesses.right(name)
+        else:
+            self._guesses.wrong(address, WRONG_OF_ADDRESS)
+            self._guesses.wrong(name, WRONG_OF_NAME)
         return found
 
     def _user(self, headers: Headers) -> Principal | None:
