@@ -41,7 +41,7 @@ SHARED = {
     "ansible_connection": "local",
     "ansible_python_interpreter": sys.executable,
     "agent_stack_component_revision": "0",
-    "agent_stack_secrets": {"agent_proxy_secret": "s" * 32},
+    "agent_proxy_secret": "s" * 32,
     "agent_stack_secure_logging": False,
     "vllm_served_name": "agent-model",
     "vllm_tool_call_parser": "hermes",
