@@ -72,7 +72,7 @@ def _deb822(text: str) -> Iterator[dict[str, str]]:
             if line[:1].isspace():
                 fields[name] = f"{fields.get(name, '')}\n{line.strip()}"
             elif ":" in line:
-                name, _, value = line.partition(":")
+                name, _sep, value = line.partition(":")
                 name = name.strip().lower()
                 fields[name] = value.strip()
         if fields.get("enabled", "yes").lower() in ("no", "false", "0", "off"):

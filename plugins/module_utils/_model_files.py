@@ -377,7 +377,7 @@ def sizes_of(about: Mapping[str, Any], model: str) -> dict[str, int]:
 
 
 def whole(value: Any) -> int:
-    return value if type(value) is int and 0 <= value < 2**53 else 0
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53 else 0
 
 
 def float32_bytes(about: Mapping[str, Any]) -> int:

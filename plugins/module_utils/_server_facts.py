@@ -91,7 +91,7 @@ def platform(os_release: str) -> str:
     """Distribution and version as they are spoken of: Debian 13, Ubuntu 24.04."""
     fields = {}
     for line in os_release.splitlines():
-        name, _, value = line.partition("=")
+        name, _sep, value = line.partition("=")
         fields[name.strip()] = value.strip().strip("\"'")
     name = {"debian": "Debian", "ubuntu": "Ubuntu"}.get(fields.get("ID", ""), fields.get("NAME", "an unknown system"))
     return f"{name} {fields.get('VERSION_ID', '')}".strip()
@@ -102,8 +102,8 @@ def installed_packages() -> dict[str, dict[str, Any]]:
     _status, output = run("dpkg-query", "--show", "--showformat", "${db:Status-Abbrev}\t${Package}\t${Version}\n", timeout=20)
     found = {}
     for line in output.splitlines():
-        status, _, rest = line.partition("\t")
-        name, _, version = rest.partition("\t")
+        status, _sep, rest = line.partition("\t")
+        name, _sep, version = rest.partition("\t")
         if status[1:2] == "i":
             found[name] = {"version": version, "held": status[:1] == "h"}
     return found

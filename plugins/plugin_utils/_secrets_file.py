@@ -70,11 +70,10 @@ def edited(text: str, variable: str, values: Mapping[str, str], comment: str = "
         else:
             changed = f"{text.rstrip()}\n{block}"
     try:
-        result = yaml.compose(changed, Loader=yaml.SafeLoader)
-        assert result is not None
+        result: Any = yaml.compose(changed, Loader=yaml.SafeLoader)
         there = next(value for key, value in result.value if key.value == variable)
         right = {key.value for key, _value in there.value} == set(values) and len(result.value) == len(entries) + (found is None)
-    except (yaml.YAMLError, StopIteration, AssertionError, AttributeError, TypeError):
+    except (yaml.YAMLError, StopIteration, AttributeError, TypeError):
         right = False
     if not right:
         raise SecretsFileError(f"the mapping {variable} has a form in which it cannot be changed; write it as a block, one `name: value` a line")

@@ -74,7 +74,7 @@ def watch(directory: Path) -> None:
         assert monitor.stdout is not None
         apply(directory)
         # Any line, because the kernel also says so when it could not tell everything.
-        for _ in monitor.stdout:
+        for _line in monitor.stdout:
             time.sleep(PAUSE_SECONDS)
             if not in_force():
                 print(f"the table {' '.join(TABLE)} was removed; it is put in force again", flush=True)

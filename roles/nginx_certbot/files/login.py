@@ -193,7 +193,7 @@ def neighbourhood(address: str) -> str:
 
 def credentials(header: str) -> tuple[str, bytes] | None:
     """Name and password of basic auth, or None."""
-    scheme, _, value = header.partition(" ")
+    scheme, _sep, value = header.partition(" ")
     if scheme.lower() != "basic":
         return None
     try:
@@ -208,7 +208,7 @@ async def answer(logins: Logins, reader: asyncio.StreamReader, writer: asyncio.S
     try:
         head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), SECONDS)
         pairs = (entry.partition(":") for entry in head.decode("latin-1").split("\r\n")[1:])
-        headers = {name.strip().lower(): value.strip() for name, _, value in pairs}
+        headers = {name.strip().lower(): value.strip() for name, _sep, value in pairs}
         given = credentials(headers.get("authorization", ""))
         verdict = await logins.judge(*given, headers.get("x-real-ip", "")) if given else Verdict()
         status = ["HTTP/1.0 204 No Content", f"X-Login: {verdict.name}"] if verdict.name else ["HTTP/1.0 401 Unauthorized", CHALLENGE]

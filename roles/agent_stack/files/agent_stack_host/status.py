@@ -2,6 +2,7 @@
 
 import calendar
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterable
@@ -155,7 +156,7 @@ def backup(host: Host) -> dict[str, Any]:
     directory = host.config.data / "textfile"
     for file in sorted(directory.glob("*.prom")) if directory.is_dir() else []:
         for line in host.read(file).splitlines():
-            name, _, value = line.rpartition(" ")
+            name, _sep, value = line.rpartition(" ")
             if name.startswith(("agent_stack_backup_", "agent_stack_restore_")):
                 found[name] = float(value)
     stamps = {name: value for name, value in found.items() if name.partition("{")[0].endswith("_timestamp_seconds") and value > 0}
@@ -171,7 +172,7 @@ def questions(host: Host) -> dict[str, Callable[[], Any]]:
         def ask() -> float | None:
             samples = host.prometheus(expression)
             # NaN is what a quantile of nothing is.
-            return next((value for _, value in samples if value == value), None)
+            return next((value for _labels, value in samples if not math.isnan(value)), None)
 
         return ask
 
