@@ -17,16 +17,18 @@ SUBMIT_SECONDS = 8.0
 
 
 async def submit(request: Request, thread_id: str | None, run_input: RunInput, options: RunOptions | None = None, **more: Any) -> Run:
-    """Count a run for the caller and submit it; the rest is as Engine.submit takes it. Raises RateLimited too."""
+    """Count a run for the caller and submit it; the rest is as Engine.submit takes it. Raises RateLimited, StorageFull too."""
     principal: Principal = request.state.principal
     worker = services(request)
     run_id = new_run_id()
+
+    async def store() -> Run:
+        await worker.quota.admit(principal.name)
+        return await worker.engine.submit(principal.name, thread_id, run_input, options, run_id=run_id, **more)
+
     await worker.limiter.admit(principal, run_id)
     try:
-        run = await bounded(
-            worker.engine.submit(principal.name, thread_id, run_input, options, run_id=run_id, **more),
-            min(worker.settings.turn_timeout_seconds, SUBMIT_SECONDS),
-        )
+        run = await bounded(store(), min(worker.settings.turn_timeout_seconds, SUBMIT_SECONDS))
     except BaseException:
         await worker.limiter.finish(principal.name, run_id)
         raise
@@ -34,6 +36,11 @@ async def submit(request: Request, thread_id: str | None, run_input: RunInput, o
         await worker.limiter.finish(principal.name, run_id)
     request.state.log = {"thread_id": run.thread_id, "run_id": run.run_id}
     return run
+
+
+async def count(request: Request) -> None:
+    """Count a request that starts no turn, but costs as much as one. Raises RateLimited."""
+    await services(request).limiter.admit(request.state.principal)
 
 
 def canceller(request: Request, run: Run) -> Callable[[], Awaitable[None]]:
