@@ -60,14 +60,28 @@ def test_what_is_forgotten_is_kept_no_longer() -> None:
     on_board(test)
 
 
-@pytest.mark.parametrize(("limit", "seconds", "left"), [(3, 60.0, ["2", "3", "4"]), (10, 60.0, ["0", "1", "2", "3", "4"]), (10, -1.0, [])])
-def test_only_the_newest_are_kept(monkeypatch: pytest.MonkeyPatch, limit: int, seconds: float, left: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("limit", "size", "seconds", "left"),
+    [
+        (3, 1000, 60.0, ["2", "3", "4"]),
+        (10, 1000, 60.0, ["0", "1", "2", "3", "4"]),
+        (10, 1000, -1.0, []),
+        (10, 25, 60.0, ["3", "4"]),  # each has 12 bytes
+        (10, 11, 60.0, []),
+    ],
+)
+def test_only_the_newest_are_kept(monkeypatch: pytest.MonkeyPatch, limit: int, size: int, seconds: float, left: list[str]) -> None:
     monkeypatch.setattr(boards, "MAX_KEPT_LOGS", limit)
+    monkeypatch.setattr(boards, "MAX_KEPT_BYTES", size)
     monkeypatch.setattr(boards, "KEEP_LOG_SECONDS", seconds)
 
     async def test(board: Board) -> None:
         for number in range(5):
-            board.keep(run_of(run_id=str(number)), EventLog(1))
+            log = EventLog(1)
+            log.publish("values", {"a": "1234"})
+            log.publish("token", {"a": "1234"})
+            assert log.size == 12
+            board.keep(run_of(run_id=str(number)), log)
         assert [str(number) for number in range(5) if board.log_of("user:ada", str(number))] == left
 
     on_board(test)

@@ -68,7 +68,7 @@ def test_a_failing_model_is_asked_twice_at_most(agent: Agent, model: Model) -> N
     assert len(model.requests()) == 2
 
 
-def test_a_turn_that_dies_between_its_steps_is_erased(agent: Agent, model: Model, migrated: Postgres) -> None:
+def test_a_turn_that_dies_between_its_steps_keeps_what_its_tools_did(agent: Agent, model: Model, migrated: Postgres) -> None:
     """The tool was called and its result stored, then the model hung until the deadline."""
     thread = "dangling"
     assert agent.chat("before", thread).status_code == 200
@@ -78,7 +78,12 @@ def test_a_turn_that_dies_between_its_steps_is_erased(agent: Agent, model: Model
     answer = agent.chat("after", thread)
     assert answer.status_code == 200
     assert agent.metric("agent_threads_healed_total") == healed + 1
-    assert [role for role, _ in sent_messages(model)] == ["user", "assistant", "user"]
+    answer = agent.chat("again", thread)
+    assert answer.status_code == 200
+    assert agent.metric("agent_threads_healed_total") == healed + 1, "once is enough"
+    roles = ["user", "assistant", "user", "assistant", "tool", "assistant", "user", "assistant", "user"]
+    assert [role for role, _ in sent_messages(model)] == roles
+    assert [text for role, text in sent_messages(model) if role == "tool"] == ["2"]
 
 
 def test_a_killed_service_finishes_its_turns_when_it_is_back(start_agent: Callable[..., Agent], model: Model) -> None:

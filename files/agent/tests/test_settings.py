@@ -94,6 +94,8 @@ def test_secrets_do_not_show(environ: dict[str, str]) -> None:
         ("AGENT_CONTEXT_TOKENS", "1100", "at least 256 more than AGENT_MAX_TOKENS"),
         ("AGENT_TURN_TOKENS", "-1", "0 (no limit)"),
         ("AGENT_TURN_TOOL_CALLS", "0", "a whole number from 1 to 1000"),
+        ("AGENT_STORAGE_MIB", "-1", "0 (no limit)"),
+        ("AGENT_THREAD_MIB", "0", "a whole number from 1 to 64"),
         ("AGENT_TOOLS_APPROVAL", "rm -rf /", "names of tools"),
         ("AGENT_TOOL_TIMEOUT_SECONDS", "0", "a number of seconds from 1 to 3600"),
         ("AGENT_TOOL_RESULT_CHARS", "10", "a whole number from 200"),

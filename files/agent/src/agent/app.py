@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 
 from agent import logs
 from agent.access.auth import Authenticate, Authenticator, KeyRing
+from agent.access.in_flight import InFlight
 from agent.access.rate_limit import RateLimiter
 from agent.api import chat, langgraph, openai, openai_errors, openapi, page
 from agent.api.middleware import Observe, error_response
@@ -29,10 +30,12 @@ from agent.llm.graph import create_graph
 from agent.metrics import Metrics
 from agent.readiness import PROBE_SECONDS, Readiness, model_probe, postgres_probe, redis_probe
 from agent.retention import RetentionMetrics
+from agent.runs.assistants import Assistants
 from agent.runs.checkpoints import ThreadSaver
 from agent.runs.engine import Engine
 from agent.runs.events import EventStreams
 from agent.runs.ledger import Channel, Ledger
+from agent.runs.quota import Quota
 from agent.runs.threads import Threads
 from agent.services import Services, services
 from agent.settings import Settings, SettingsError
@@ -125,7 +128,8 @@ async def _start(settings: Settings, tools: Toolbox, metrics: Metrics, stack: As
 
     await stack.enter_async_context(serve_tools(settings, tools, metrics.registry))
     database = Database(unchecked)
-    ledger = Ledger(database, str(uuid4()))
+    quota = Quota(database, settings.storage_mib)
+    ledger = Ledger(database, str(uuid4()), quota.charge)
     saver = ThreadSaver(pool, database)
     store = AsyncPostgresStore(cast(Any, pool))
     graph = create_graph(settings, tools, saver, store, tracing=tracing)
@@ -162,7 +166,10 @@ async def _start(settings: Settings, tools: Toolbox, metrics: Metrics, stack: As
         store=store,
         authenticator=Authenticator(keys, settings.proxy_secret),
         limiter=limiter,
-        threads=Threads(database, ledger, limiter.finish),
+        threads=Threads(database, ledger, quota, limiter.finish),
+        quota=quota,
+        assistants=Assistants(database),
+        answers=InFlight(),
         engine=engine,
         followers=engine.followers,
         readiness=readiness,

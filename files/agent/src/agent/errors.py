@@ -1,5 +1,7 @@
 """The failures that a client is told about, each with its status, code and sentence."""
 
+MIB = 1 << 20
+
 
 class ServiceError(Exception):
     status = 500
@@ -40,6 +42,16 @@ class MethodNotAllowed(ServiceError):
     message = "This method is not allowed."
 
 
+class StorageFull(ServiceError):
+    status = 403
+    code = "storage_full"
+
+    def __init__(self, used: int, more: int, limit: int) -> None:
+        """All in bytes."""
+        wanted = f", and {_mib(more)} more are needed" if more >= MIB // 10 else ""
+        super().__init__(f"{_mib(used)} of the {_mib(limit)} that one user or key may store are used{wanted}. Delete threads or items.")
+
+
 class ThreadBusy(ServiceError):
     status = 409
     code = "thread_busy"
@@ -50,6 +62,20 @@ class ThreadExists(ServiceError):
     status = 409
     code = "thread_exists"
     message = "A thread of this name exists already."
+
+
+class AssistantExists(ServiceError):
+    status = 409
+    code = "assistant_exists"
+    message = "An assistant of this name exists already."
+
+
+class TooManyAssistants(ServiceError):
+    status = 403
+    code = "too_many_assistants"
+
+    def __init__(self, most: int) -> None:
+        super().__init__(f"There are {most} assistants, which is as many as one user or key may have. Delete some.")
 
 
 class TurnConflict(ServiceError):
@@ -80,6 +106,15 @@ class BodyTooLarge(ServiceError):
     status = 413
     code = "body_too_large"
     message = "The body is too large."
+
+
+class ThreadTooLarge(ServiceError):
+    status = 422
+    code = "thread_too_large"
+
+    def __init__(self, size: int, limit: int) -> None:
+        """Both in bytes."""
+        super().__init__(f"The thread's messages have {_mib(size)}, and {_mib(limit)} are allowed. Start a new thread, or remove messages.")
 
 
 class UnsupportedMediaType(ServiceError):
@@ -152,3 +187,7 @@ class TurnTimeout(ServiceError):
     status = 504
     code = "turn_timeout"
     message = "The answer took too long."
+
+
+def _mib(size: int) -> str:
+    return f"{size / MIB:.1f} MiB"

@@ -80,7 +80,7 @@ class Metrics:
             registry=registry,
         )
         self.runs_taken_over = Counter("agent_runs_taken_over", "Runs whose worker died and that another one went on with", registry=registry)
-        self.threads_healed = Counter("agent_threads_healed", "Threads in which an interrupted turn was erased", registry=registry)
+        self.threads_healed = Counter("agent_threads_healed", "Threads in which an interrupted turn was closed or erased", registry=registry)
         self.tool_calls = Counter("agent_tool_calls", "Tool calls by result", ("tool", "status"), registry=registry)
         self.model_tokens = Counter("agent_model_tokens", "Tokens of finished turns, as the model counts them", ("kind",), registry=registry)
         self.rate_limited = Counter("agent_rate_limited", "Requests refused by the rate limit", registry=registry)

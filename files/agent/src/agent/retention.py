@@ -27,6 +27,7 @@ from prometheus_client.registry import Collector
 from psycopg.rows import dict_row
 
 from agent.runs._langgraph import PRUNE_DELTA_THREADS_SQL
+from agent.runs.quota import MEASURED
 from agent.settings import PostgresSettings, RetentionSettings, SettingsError
 from agent.storage.postgres import Pool, conninfo
 
@@ -133,6 +134,9 @@ OLDEST: LiteralString = (
 )
 
 
+UNMEASURED: LiteralString = "SELECT thread_id FROM threads WHERE bytes IS NULL AND thread_id > %(after)s ORDER BY thread_id LIMIT %(limit)s"
+
+
 class Retention:
     def __init__(
         self,
@@ -168,6 +172,8 @@ class Retention:
                 self._delete_idle()
             if self._keep:
                 self._prune_active()
+            if not self._dry_run:
+                self._measure_unknown()
             seconds = round(time.monotonic() - started, 3)
             if not self._dry_run:
                 connection.execute("UPDATE retention SET finished_at = now(), seconds = %s", [seconds])
@@ -228,6 +234,24 @@ class Retention:
                 return
             self._reached(after)
 
+    def _measure(self, threads: Sequence[str]) -> None:
+        """What they take, which counts for their owners' quotas."""
+        query: LiteralString = f"UPDATE threads SET bytes = {MEASURED} WHERE thread_id = ANY(%(threads)s)"  # noqa: S608  constants
+        self._connection.execute(query, {"threads": list(threads)})
+
+    def _measure_unknown(self) -> None:
+        after = ""
+        while True:
+            with self._paced():
+                found = self._all(UNMEASURED, {"after": after, "limit": self._limit})
+                for row in found:
+                    after = row["thread_id"]
+                    # One that is locked at the moment is measured the next time.
+                    with self._batch(0):
+                        self._measure([after])
+            if not found:
+                return
+
     def _reached(self, after: Mapping[str, Any]) -> None:
         """Whoever comes next goes on from here. A thread that is used again moves to the end of the line."""
         if not self._dry_run:
@@ -259,6 +283,7 @@ class Retention:
                     "UPDATE checkpoints SET parent_checkpoint_id = NULL WHERE thread_id = %(thread)s AND checkpoint_ns = '' AND checkpoint_id = %(oldest)s",
                     parameters,
                 )
+                self._measure([thread])
             gone["pruned_threads"] += 1
 
     @contextmanager

@@ -6,12 +6,15 @@ from fastapi import Request
 from langgraph.store.base import BaseStore
 
 from agent.access.auth import Authenticator
+from agent.access.in_flight import InFlight
 from agent.access.rate_limit import RateLimiter
 from agent.llm.graph import Agent
 from agent.readiness import Readiness
 from agent.retention import RetentionMetrics
+from agent.runs.assistants import Assistants
 from agent.runs.engine import Engine
 from agent.runs.followers import Followers
+from agent.runs.quota import Quota
 from agent.runs.threads import Threads
 from agent.settings import Settings
 from agent.tools.toolbox import Toolbox
@@ -27,6 +30,9 @@ class Services:
     authenticator: Authenticator
     limiter: RateLimiter
     threads: Threads
+    quota: Quota
+    assistants: Assistants
+    answers: InFlight
     engine: Engine
     followers: Followers
     readiness: Readiness

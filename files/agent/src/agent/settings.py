@@ -244,6 +244,15 @@ class Settings(PostgresSettings):
         zero="no limit",
     )
 
+    storage_mib: int = _whole(
+        1024,
+        0,
+        1_000_000,
+        "Storage that each user or API key may use for threads, their history and items of the store, in MiB. 0 is no limit.",
+        zero="no limit",
+    )
+    thread_mib: int = _whole(4, 1, 64, "Largest state of one thread, all its messages together, in MiB.")
+
     searxng_url: Url | None = _setting(
         None,
         f"{_HTTP}, or nothing for no search tool",

@@ -27,13 +27,14 @@ async def submit(
 ) -> Run:
     """Count a run for the caller and submit it, or another try of the known one; the rest is as Engine.submit takes it.
 
-    Raises RateLimited too.
+    Raises RateLimited and StorageFull too.
     """
     principal: Principal = request.state.principal
     worker = services(request)
     run_id = new_run_id()
 
     async def begin() -> Run:
+        await worker.quota.admit(principal.name)
         if known is not None and (again := await worker.engine.reopen(known)) is not None:
             return again
         return await worker.engine.submit(principal.name, thread_id, run_input, options, run_id=run_id, **more)
@@ -48,6 +49,11 @@ async def submit(
         await worker.limiter.finish(principal.name, run_id)
     request.state.log = {"thread_id": run.thread_id, "run_id": run.run_id}
     return run
+
+
+async def count(request: Request) -> None:
+    """Count a request that starts no turn, but costs as much as one. Raises RateLimited."""
+    await services(request).limiter.admit(request.state.principal)
 
 
 def canceller(request: Request, run: Run) -> Callable[[], Awaitable[None]]:

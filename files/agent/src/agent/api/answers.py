@@ -6,9 +6,12 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapp
 from typing import Any
 
 import orjson
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from agent.access.in_flight import SMALL_BYTES, STALL_SECONDS, InFlight
+from agent.errors import RateLimited
 from agent.runs.events import plain
 
 # How the documents describe a stream: each of its events is one of these.
@@ -26,8 +29,14 @@ EVENTS: dict[int | str, dict[str, Any]] = {
         },
     }
 }
+Weigh = Callable[[int], contextlib.AbstractContextManager[None]]
 # Shorter than any proxy's patience with a silent connection.
 HEARTBEAT_SECONDS = 15
+
+
+def _as_it_is(size: int) -> contextlib.AbstractContextManager[None]:
+    """For bodies that are never large."""
+    return contextlib.nullcontext()
 
 
 def dump(value: Any) -> bytes:
@@ -52,6 +61,37 @@ class Json(Response):
         return dump(content)
 
 
+class Weighed(Response):
+    """A body that may be large. What an owner's clients do not read is bounded, and whoever reads nothing is cut off."""
+
+    media_type = "application/json"
+
+    def __init__(self, body: bytes, owner: str, in_flight: InFlight) -> None:
+        super().__init__(body)
+        self._owner = owner
+        self._in_flight = in_flight
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._in_flight.of(self._owner, len(self.body)):
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            with contextlib.suppress(ClientDisconnect):
+                await send_slices(send, bytes(self.body), more=False)
+
+
+async def send_slices(send: Send, body: bytes, *, more: bool) -> None:
+    """Send a body, or a piece of one, in slices. Raises ClientDisconnect where the client reads none of them."""
+    if len(body) <= SMALL_BYTES:
+        await send({"type": "http.response.body", "body": body, "more_body": more})
+        return
+    for end in range(SMALL_BYTES, len(body) + SMALL_BYTES, SMALL_BYTES):
+        piece = body[end - SMALL_BYTES : end]
+        try:
+            async with asyncio.timeout(STALL_SECONDS):
+                await send({"type": "http.response.body", "body": piece, "more_body": more or end < len(body)})
+        except TimeoutError:
+            raise ClientDisconnect from None
+
+
 def sse(event: str, data: Any, event_id: str | None = None) -> bytes:
     """One server-sent event. JSON has no raw line breaks, so a line each is enough."""
     head = f"event: {event}\n" if event_id is None else f"id: {event_id}\nevent: {event}\n"
@@ -74,7 +114,9 @@ class Live(Response):
         heartbeat: bytes,
         headers: Mapping[str, str],
         on_disconnect: Callable[[], Awaitable[None]] | None = None,
+        weigh: Weigh = _as_it_is,
     ) -> None:
+        """weigh: entered with the size of a piece while it is sent; raises ServiceError where that is too much"""
         self.status_code = 200
         self.background = None
         self.body = b""
@@ -84,6 +126,7 @@ class Live(Response):
         self._pieces = pieces
         self._heartbeat = heartbeat
         self._on_disconnect = on_disconnect
+        self._weigh = weigh
         self._ended = False
         self._gone = False
         self._quiet_since = 0.0
@@ -96,13 +139,16 @@ class Live(Response):
         try:
             async for piece in self._pieces:
                 self._quiet_since = asyncio.get_running_loop().time()
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
+                with self._weigh(len(piece)):
+                    await send_slices(send, piece, more=True)
             self._ended = True
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         except asyncio.CancelledError:
             if not self._gone:
                 raise
             task.uncancel()
+        except (ClientDisconnect, RateLimited):
+            self._gone = True  # it reads nothing; what is left of the body is not sent
         finally:
             for helper in helpers:
                 helper.cancel()
@@ -158,6 +204,7 @@ def event_stream(
     pieces: AsyncGenerator[bytes],
     headers: Mapping[str, str] | None = None,
     on_disconnect: Callable[[], Awaitable[None]] | None = None,
+    weigh: Weigh = _as_it_is,
 ) -> Live:
     return Live(
         pieces,
@@ -165,6 +212,7 @@ def event_stream(
         heartbeat=b": heartbeat\n\n",
         headers=headers or {},
         on_disconnect=on_disconnect,
+        weigh=weigh,
     )
 
 
@@ -172,6 +220,7 @@ def late_json(
     pieces: AsyncGenerator[bytes],
     headers: Mapping[str, str] | None = None,
     on_disconnect: Callable[[], Awaitable[None]] | None = None,
+    weigh: Weigh = _as_it_is,
 ) -> Live:
     """JSON that may be long in coming: blank lines before it keep the connection open and mean nothing."""
-    return Live(pieces, media_type="application/json", heartbeat=b"\n", headers=headers or {}, on_disconnect=on_disconnect)
+    return Live(pieces, media_type="application/json", heartbeat=b"\n", headers=headers or {}, on_disconnect=on_disconnect, weigh=weigh)

@@ -39,11 +39,6 @@ class NoSuchFeature(NotSupported):
 
 # What the SDK may ask for besides. Undocumented, because it is not there; named, because "not found" would puzzle.
 ABSENT = {
-    "Creating assistants": [("POST", "/assistants")],
-    "Versions of assistants": [
-        ("POST", "/assistants/{assistant_id}/versions"),
-        ("POST", "/assistants/{assistant_id}/latest"),
-    ],
     "Crons": [
         ("POST", "/runs/crons"),
         ("POST", "/runs/crons/search"),

@@ -29,6 +29,7 @@ SECURITY: dict[str, Any] = {
 SAYS = {
     400: "The body is not JSON.",
     401: "Who asks is not known.",
+    403: "The owner's storage is full.",
     404: "There is no such thing, or it is another's.",
     409: "It cannot be done as things stand.",
     413: "The body is too large.",
@@ -77,6 +78,8 @@ def _tell_failures(path: str, operation: dict[str, Any]) -> None:
             statuses |= set(WITH_BODY)
         if operation.get("parameters"):
             statuses.add(422)
+    if 429 in statuses:
+        statuses.add(403)  # whoever may be counted may be at the end of their storage
     schema = "Error"
     if path.startswith(OPENAI):
         # There a bad request is a bad request.

@@ -16,7 +16,6 @@ MAX_DEPTH = 64
 # What the LangGraph API and OpenAI's have and this service does not: named, so that a client learns it.
 NOT_SUPPORTED = {
     "after_seconds": "Delayed runs (after_seconds)",
-    "checkpoint_during": "checkpoint_during",
     "checkpoint_map": "Checkpoints of subgraphs (checkpoint_map)",
     "configurable": "config.configurable",
     "context": "context",
@@ -25,16 +24,13 @@ NOT_SUPPORTED = {
     "feedback_keys": "feedback_keys",
     "goto": "command.goto",
     "index": "An index of store items",
-    "interrupt_after": "interrupt_after",
-    "interrupt_before": "interrupt_before",
     "langsmith_tracer": "langsmith_tracing",
     "query": "A search of store items by meaning",
-    "refresh_ttl": "A ttl",
     "status": "Cancelling runs by their status",
     "supersteps": "supersteps",
-    "tags": "config.tags",
     "ttl": "A ttl",
     "update": "command.update",
+    "values": "A search of threads by their values",
     "webhook": "Webhooks",
     **{
         name: name
@@ -138,7 +134,7 @@ def explain(error: RequestValidationError, names: Container[str]) -> ServiceErro
     problems = error.errors()
     for unknown in problems:
         field = str(unknown["loc"][-1])
-        if unknown["type"] == "extra_forbidden" and field in NOT_SUPPORTED:
+        if unknown["type"] in ("extra_forbidden", "not_supported") and field in NOT_SUPPORTED:
             return _not_supported(field)
     # Where one of several forms was meant, the one that fits best is wrong farthest inside.
     problem = max(problems, key=lambda each: len(each["loc"]))

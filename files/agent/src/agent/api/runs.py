@@ -1,5 +1,6 @@
 """Runs: a message or an answer given to a thread, and the work on it followed, waited for or stopped."""
 
+import functools
 from collections.abc import AsyncGenerator, Mapping
 from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlencode
@@ -8,10 +9,11 @@ from uuid import UUID
 import psycopg
 from fastapi import APIRouter, Header, Query, Request, Response
 
+from agent.access.in_flight import LARGE_BYTES
 from agent.api import streams
-from agent.api.admission import canceller, submit
+from agent.api.admission import canceller, count, submit
 from agent.api.answers import EVENTS, Json, Live, dump, event_stream, late_json, pick
-from agent.api.assistants import check_assistant
+from agent.api.assistants import options_of
 from agent.api.requests import JsonRoute, TurnId, owner
 from agent.api.schemas import (
     ASSISTANT_ID,
@@ -32,7 +34,8 @@ from agent.api.schemas import (
     UserMessage,
     UserMessages,
 )
-from agent.api.threads import check_checkpoint, config_of, text_of
+from agent.api.schemas import RunInput as Input
+from agent.api.threads import PAGE, Reading, check_checkpoint, config_of, listed, text_of
 from agent.errors import InvalidRequest, MessageExists, NotFound, NothingWaits, ServiceError, StorageUnavailable
 from agent.runs.records import Run as StoredRun
 from agent.runs.records import RunInput, RunOptions, describe_failure
@@ -47,6 +50,8 @@ MAX_STEPS = 10_000
 NEW: dict[int | str, dict[str, Any]] = {404: {}, 409: {}, 429: {}}
 STATE: dict[int | str, dict[str, Any]] = {200: {"description": "The thread's values, or `__error__` with what went wrong."}}
 
+StreamModes = Annotated[list[StreamMode | Literal[""]] | None, Query()]
+Namespaces = Annotated[list[str] | None, Query(description="Of subgraphs. The agent has none.")]
 LastEventId = Annotated[str, Header(alias="Last-Event-ID", pattern=r"^(-?[0-9]{1,18})?$", description="Only what came after this one.")]
 
 
@@ -68,25 +73,34 @@ async def wait_for_run(request: Request, thread_id: ThreadPath, asked: RunCreate
 
 
 @router.post("/threads/{thread_id}/runs/stream", response_class=Response, responses=EVENTS | NEW)
-async def stream_run(request: Request, thread_id: ThreadPath, asked: RunCreate, turn_id: TurnId = None) -> Live:
+async def stream_run(request: Request, thread_id: ThreadPath, asked: RunCreate, turn_id: TurnId = None, namespace: Namespaces = None) -> Live:
     """Run and tell what happens. Location takes up a stream that broke, with Last-Event-ID."""
     modes = _modes(asked) or ("values",)
     run = await _submit(request, thread_id, asked, modes, turn_id)
     return _stream(request, run, modes, cancel=_leaves(asked, run))
 
 
-@router.get("/threads/{thread_id}/runs", response_model=list[Run], responses={404: {}})
+@router.get("/threads/{thread_id}/runs", response_model=list[Run], responses={404: {}, 429: {}})
 async def list_runs(
     request: Request,
     thread_id: ThreadPath,
-    limit: Annotated[int, Query(ge=1, le=100)] = 10,
-    offset: Annotated[int, Query(ge=0, le=10_000)] = 0,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 10,
+    offset: Annotated[int, Query(ge=0, le=1_000_000)] = 0,
     status: RunStatus | None = None,
     select: Annotated[list[RunField] | None, Query()] = None,
-) -> Json:
-    """Newest first."""
-    runs = await services(request).engine.list(owner(request), thread_id, limit, offset, status)
-    return Json([pick(describe_run(run), select) for run in runs])
+) -> Response:
+    """Newest first. An answer ends after some MiB: go on with `offset`."""
+
+    async def described(reading: Reading) -> AsyncGenerator[bytes]:
+        for start in range(offset, offset + limit, PAGE):
+            wanted = min(PAGE, offset + limit - start)
+            runs = await services(request).engine.list(owner(request), thread_id, wanted, start, status)
+            for run in runs:
+                yield dump(pick(describe_run(run), select))
+            if len(runs) < wanted:
+                return
+
+    return await listed(request, described)
 
 
 @router.get("/threads/{thread_id}/runs/{run_id:uuid}", response_model=Run, responses={404: {}})
@@ -102,10 +116,13 @@ async def delete_run(request: Request, thread_id: ThreadPath, run_id: RunPath) -
     return Response(status_code=204)
 
 
-@router.get("/threads/{thread_id}/runs/{run_id:uuid}/join", response_model=dict[str, Any], responses=STATE | {404: {}})
-async def join_run(request: Request, thread_id: ThreadPath, run_id: RunPath) -> Live:
+@router.get("/threads/{thread_id}/runs/{run_id:uuid}/join", response_model=dict[str, Any], responses=STATE | {404: {}, 429: {}})
+async def join_run(request: Request, thread_id: ThreadPath, run_id: RunPath, cancel_on_disconnect: bool = False) -> Live:
     """Wait for a run and answer as /runs/wait does."""
-    return _wait(request, await _find(request, thread_id, run_id), cancel=False)
+    threads = services(request).threads
+    if await threads.size(await threads.get(owner(request), thread_id)) > LARGE_BYTES:
+        await count(request)
+    return _wait(request, await _find(request, thread_id, run_id), cancel=cancel_on_disconnect)
 
 
 @router.get("/threads/{thread_id}/runs/{run_id:uuid}/stream", response_class=Response, responses=EVENTS | {404: {}})
@@ -113,18 +130,42 @@ async def join_run_stream(
     request: Request,
     thread_id: ThreadPath,
     run_id: RunPath,
-    stream_mode: Annotated[list[StreamMode | Literal[""]] | None, Query()] = None,
+    stream_mode: StreamModes = None,
     cancel_on_disconnect: bool = False,
     last_event_id: LastEventId = "",
+    namespace: Namespaces = None,
 ) -> Live:
     """Tell what happened since Last-Event-ID, as far as it is kept, and what happens, in the modes the run has."""
-    run = await _find(request, thread_id, run_id)
+    return _joined(request, await _find(request, thread_id, run_id), stream_mode, last_event_id, cancel=cancel_on_disconnect)
+
+
+@router.get("/runs/{run_id:uuid}/stream", response_class=Response, responses=EVENTS | {404: {}})
+async def join_stateless_run_stream(
+    request: Request,
+    run_id: RunPath,
+    stream_mode: StreamModes = None,
+    cancel_on_disconnect: bool = False,
+    last_event_id: LastEventId = "",
+    namespace: Namespaces = None,
+) -> Live:
+    """The same, where the thread is not known."""
+    return _joined(request, await _find(request, None, run_id), stream_mode, last_event_id, cancel=cancel_on_disconnect)
+
+
+def _joined(request: Request, run: StoredRun, stream_mode: StreamModes, last_event_id: str, *, cancel: bool) -> Live:
     modes = tuple(mode for mode in stream_mode or () if mode) or tuple(mode for mode in ALL_MODES if streams.SOURCES[mode] in run.options.stream)
-    return _stream(request, run, modes, max(0, int(last_event_id or 0)), cancel=cancel_on_disconnect)
+    return _stream(request, run, modes, max(0, int(last_event_id or 0)), cancel=cancel)
 
 
 @router.post("/threads/{thread_id}/runs/{run_id:uuid}/cancel", status_code=204, responses={404: {}})
-async def cancel_run(request: Request, thread_id: ThreadPath, run_id: RunPath, wait: bool = False, action: CancelAction = "interrupt") -> Response:
+async def cancel_run(
+    request: Request,
+    thread_id: ThreadPath,
+    run_id: RunPath,
+    wait: bool = False,
+    action: CancelAction = "interrupt",
+    reason: Annotated[str, Query(max_length=1000, description="It is not kept.")] = "",
+) -> Response:
     """Stop a run. `rollback` also deletes it, and what it put into the thread."""
     await _find(request, thread_id, run_id)
     await services(request).engine.cancel(owner(request), str(run_id), wait=wait, rollback=action == "rollback")
@@ -157,7 +198,7 @@ async def wait_for_stateless_run(request: Request, asked: StatelessRunCreate, tu
 
 
 @router.post("/runs/stream", response_class=Response, responses=EVENTS | NEW)
-async def stream_stateless_run(request: Request, asked: StatelessRunCreate, turn_id: TurnId = None) -> Live:
+async def stream_stateless_run(request: Request, asked: StatelessRunCreate, turn_id: TurnId = None, namespace: Namespaces = None) -> Live:
     modes = _modes(asked) or ("values",)
     run = await _submit_stateless(request, asked, modes, turn_id)
     return _stream(request, run, modes, cancel=_leaves(asked, run))
@@ -166,9 +207,9 @@ async def stream_stateless_run(request: Request, asked: StatelessRunCreate, turn
 # How it is done
 
 
-async def _find(request: Request, thread_id: str, run_id: UUID | str) -> StoredRun:
+async def _find(request: Request, thread_id: str | None, run_id: UUID | str) -> StoredRun:
     run = await services(request).followers.get(owner(request), str(run_id))
-    if run.thread_id != thread_id:
+    if thread_id not in (None, run.thread_id):
         raise NotFound("There is no such run.")
     request.state.log = {"thread_id": run.thread_id, "run_id": run.run_id}
     return run
@@ -183,14 +224,15 @@ async def _submit(
     *,
     resumable: bool = False,
 ) -> StoredRun:
-    check_assistant(asked.assistant_id)
+    set_options = await options_of(request, asked.assistant_id, asked.config.configurable if asked.config else None, asked.context)
     checkpoint_id = check_checkpoint(thread_id, asked.checkpoint) or asked.checkpoint_id
     run_input: RunInput = None
-    if asked.command and asked.input:
+    command = asked.command if asked.command and not asked.command.empty else None
+    if command and asked.input:
         raise InvalidRequest("command: cannot be given together with input.")
-    if asked.command:
-        run_input = {"resume": asked.command.resume}
-    elif asked.input:
+    if command:
+        run_input = {"resume": command.resume}
+    elif isinstance(asked.input, Input):
         run_input = {"messages": messages(request, asked.input.messages)}
     if turn_id is None:  # or it may be a repetition, which was accepted already
         await _check_state(request, thread_id, run_input, checkpoint_id)
@@ -198,7 +240,7 @@ async def _submit(
         request,
         thread_id,
         run_input,
-        _options(asked, modes, resumable=resumable, checkpoint_id=checkpoint_id),
+        _options(asked, modes, resumable=resumable, checkpoint_id=checkpoint_id, **set_options),
         turn_id=turn_id,
         strategy=asked.multitask_strategy,
         create_thread=asked.if_not_exists == "create",
@@ -213,13 +255,15 @@ async def _submit_stateless(
     *,
     resumable: bool = False,
 ) -> StoredRun:
-    check_assistant(asked.assistant_id)
+    set_options = await options_of(request, asked.assistant_id, asked.config.configurable if asked.config else None, asked.context)
+    if asked.command and not asked.command.empty:
+        raise InvalidRequest("command: cannot be given without a thread.")
     return await submit(
         request,
         None,
         {"messages": messages(request, asked.input.messages)},
         # There will be no thread to see the values in.
-        _options(asked, (*modes, "values"), resumable=resumable, on_completion=asked.on_completion),
+        _options(asked, (*modes, "values"), resumable=resumable, on_completion=asked.on_completion, **set_options),
         turn_id=turn_id,
     )
 
@@ -233,7 +277,7 @@ def _options(asked: RunBase, modes: tuple[StreamMode, ...], *, resumable: bool, 
         recursion_limit=_steps(asked),
         interrupt_before=_nodes(asked.interrupt_before),
         interrupt_after=_nodes(asked.interrupt_after),
-        metadata=asked.metadata or {},
+        metadata={**((asked.config and asked.config.metadata) or {}), **(asked.metadata or {})},
         **more,
     )
 
@@ -252,10 +296,10 @@ async def _check_state(request: Request, thread_id: str, run_input: RunInput, ch
     given: Mapping[str, Any] = run_input or {}
     resumes = "resume" in given
     ids = {message["id"] for message in given.get("messages", ()) if "id" in message}
-    if not (resumes or ids or checkpoint_id):
+    if not (resumes or ids or checkpoint_id or run_input is None):
         return
     try:
-        await services(request).threads.get(owner(request), thread_id)
+        thread = await services(request).threads.get(owner(request), thread_id)
     except NotFound:
         if resumes or checkpoint_id:
             raise
@@ -263,6 +307,8 @@ async def _check_state(request: Request, thread_id: str, run_input: RunInput, ch
     state = await services(request).graph.aget_state(config_of(thread_id, checkpoint_id))
     if checkpoint_id and state.created_at is None:
         raise NotFound("There is no such checkpoint.")
+    if run_input is None and not state.next and (checkpoint_id or thread.status != "busy"):
+        raise InvalidRequest("The thread has nothing to go on with.")
     if resumes and not state.interrupts:
         raise NothingWaits
     if resumes and any(_is_approval(waiting.value) for waiting in state.interrupts):
@@ -307,10 +353,12 @@ def describe_run(run: StoredRun) -> dict[str, Any]:
     return {
         "run_id": run.run_id,
         "thread_id": run.thread_id,
-        "assistant_id": ASSISTANT_ID,
+        "assistant_id": run.options.assistant_id or ASSISTANT_ID,
         "status": run.status,
         "metadata": run.metadata,
+        "kwargs": {"input": run.input},
         "multitask_strategy": run.options.strategy,
+        "cancel_reason": None,
         "created_at": run.created_at,
         "updated_at": run.updated_at,
     }
@@ -323,6 +371,7 @@ def _stream(request: Request, run: StoredRun, modes: tuple[StreamMode, ...], aft
         streams.stream(services(request).followers, owner(request), run.run_id, modes, after),
         {"Location": location, "Content-Location": _path(run)},
         canceller(request, run) if cancel else None,
+        functools.partial(services(request).answers.of, owner(request)),
     )
 
 
@@ -339,6 +388,7 @@ def _wait(request: Request, run: StoredRun, *, cancel: bool) -> Live:
         answer(),
         {"Location": f"{_path(run)}/join", "Content-Location": _path(run)},
         canceller(request, run) if cancel else None,
+        functools.partial(services(request).answers.of, owner(request)),
     )
 
 

@@ -1,10 +1,25 @@
-"""What the LangGraph routes take and answer. The names are the LangGraph API's; a field that is not here is refused."""
+"""What the LangGraph routes take and answer. The names are the LangGraph API's.
+
+What means nothing is accepted everywhere: null, and for a feature that is not here also false, 0 and what is empty. A
+field that no client knows is refused where something is run or written, and ignored where something is looked for.
+"""
 
 from typing import Annotated, Any, Literal
 from uuid import UUID, uuid5
 
 from fastapi import Path, Query
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    StringConstraints,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
 
 GRAPH_ID = "agent"
 # What LangGraph's own server calls the assistant of a graph of this name.
@@ -20,13 +35,14 @@ Uuid = Annotated[str, StringConstraints(pattern=UUID_TEXT)]
 ThreadPath = Annotated[str, Path(pattern=THREAD_ID, description="A thread of the caller's.")]
 RunPath = Annotated[UUID, Path(description="A run of that thread.")]
 CheckpointPath = Annotated[UUID, Path(description="A checkpoint of that thread.")]
-AssistantPath = Annotated[str, Path(max_length=64, description=f"`{GRAPH_ID}` or `{ASSISTANT_ID}`.")]
-AssistantName = Annotated[str, Field(max_length=64, description="The one assistant.", json_schema_extra={"enum": [GRAPH_ID, ASSISTANT_ID]})]
+AssistantPath = Annotated[str, Path(max_length=64, description=f"`{GRAPH_ID}`, which is `{ASSISTANT_ID}`, or one of the caller's.")]
+AssistantName = Annotated[str, Field(max_length=64, description=f"`{GRAPH_ID}`, which is `{ASSISTANT_ID}`, or one of the caller's.")]
 Metadata = Annotated[dict[str, Any], Field(description="Any JSON object.")]
 # To JSON 3.0 is a whole number too.
 WHOLE = BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value)
-Limit = Annotated[int, Field(ge=1, le=100), WHOLE]
-Offset = Annotated[int, Field(ge=0, le=10_000), WHOLE]
+NUMBER = BeforeValidator(lambda value: float(value) if isinstance(value, int) and not isinstance(value, bool) else value)
+Limit = Annotated[int, Field(ge=1, le=1000), WHOLE]
+Offset = Annotated[int, Field(ge=0, le=1_000_000), WHOLE]
 
 # The steps of the graph.
 Node = Literal["model", "tools"]
@@ -41,18 +57,54 @@ AssistantField = Literal[
     "assistant_id", "graph_id", "name", "description", "config", "context", "created_at", "updated_at", "metadata",
     "version",
 ]  # fmt: skip
-ThreadField = Literal["thread_id", "created_at", "updated_at", "metadata", "status", "values", "interrupts"]
-StateField = Literal[
-    "values", "values.messages", "next", "tasks", "checkpoint", "metadata", "created_at", "parent_checkpoint",
-    "interrupts",
+ThreadField = Literal[
+    "thread_id", "created_at", "updated_at", "state_updated_at", "metadata", "config", "context", "status", "values",
+    "interrupts", "error",
 ]  # fmt: skip
+StateField = Annotated[
+    str,
+    StringConstraints(pattern=r"^(values(\.[A-Za-z0-9_]{1,64})?|next|tasks|checkpoint|metadata|created_at|parent_checkpoint|interrupts)$"),
+]
 RunField = Literal[
-    "run_id", "thread_id", "assistant_id", "created_at", "updated_at", "status", "metadata", "multitask_strategy",
+    "run_id", "thread_id", "assistant_id", "created_at", "updated_at", "status", "metadata", "kwargs", "multitask_strategy",
+    "cancel_reason",
 ]  # fmt: skip
+
+
+def _nothing(value: Any) -> None:
+    if value not in (None, "", [], {}, False):  # 0 is equal to False
+        raise PydanticCustomError("not_supported", "this is not supported here")
+
+
+# A field of a feature that is not here. Clients send such with a value that means nothing.
+Absent = Annotated[Any, BeforeValidator(_nothing), WithJsonSchema({"enum": [None, False, 0, "", [], {}]})]
 
 
 class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_null(cls, value: Any) -> Any:
+        """Null is as good as left out."""
+        return {name: inner for name, inner in value.items() if inner is not None} if isinstance(value, dict) else value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        for name, field in schema.get("properties", {}).items():
+            if name not in schema.get("required", ()) and {"type": "null"} not in field.get("anyOf", ()) and None not in field.get("enum", ()):
+                own = {key: field.pop(key) for key in ("default", "description", "title") if key in field}
+                schema["properties"][name] = {"anyOf": [field, {"type": "null"}], **own} if field else own
+        if schema.get("additionalProperties") is False:
+            schema["additionalProperties"] = {"type": "null"}
+        return schema
+
+
+class Search(Body):
+    """What a newer client may also ask is ignored: it finds more than it wanted."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
 
 
 class Part(BaseModel):
@@ -128,7 +180,66 @@ WrittenMessages = WrittenMessage | Annotated[list[WrittenMessage], Field(min_len
 # Assistants
 
 
-class AssistantSearch(Body):
+class Options(Body):
+    """What an assistant, or one run, sets of the agent: in `config.configurable` or in `context`."""
+
+    system_prompt: Annotated[str, Field(max_length=20_000, description="Follows the service's own.")] | None = None
+    tools: Annotated[list[Annotated[str, Field(max_length=64)]], Field(max_length=100, description="Names of the only tools to use.")] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2), NUMBER] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1), NUMBER] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=131_072, description="Not more than the service allows."), WHOLE] | None = None
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1), WHOLE] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2), NUMBER] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2), NUMBER] | None = None
+
+
+class AssistantConfig(Search):
+    """Whatever else a client sends only steers its own side, and is ignored."""
+
+    configurable: Annotated[dict[str, Any], Field(description="The options of the agent.")] | None = None
+    recursion_limit: Annotated[int, Field(ge=1), WHOLE] | None = None
+    tags: list[Any] | None = None
+
+
+Context = Annotated[dict[str, Any], Field(description="The options of the agent. They go before those of the config.")]
+AssistantTitle = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+AssistantText = Annotated[str, Field(max_length=2000)]
+
+
+class AssistantCreate(Search):
+    graph_id: Annotated[str, Field(description=f"`{GRAPH_ID}`: there is none but one.")] = GRAPH_ID
+    assistant_id: Uuid | None = None
+    config: AssistantConfig | None = None
+    context: Context | None = None
+    metadata: Metadata | None = None
+    if_exists: Annotated[
+        Literal["raise", "do_nothing"],
+        Field(description="With `do_nothing` and no id, one that is just like this is as good."),
+    ] = "raise"
+    name: AssistantTitle | None = None
+    description: AssistantText | None = None
+
+
+class AssistantUpdate(Search):
+    graph_id: Annotated[str, Field(description=f"`{GRAPH_ID}`: there is none but one.")] = GRAPH_ID
+    config: AssistantConfig | None = None
+    context: Context | None = None
+    metadata: Annotated[dict[str, Any], Field(description="Merged into what is there.")] | None = None
+    name: AssistantTitle | None = None
+    description: AssistantText | None = None
+
+
+class AssistantVersions(Search):
+    metadata: Metadata | None = None
+    limit: Limit = 10
+    offset: Offset = 0
+
+
+class AssistantLatest(Search):
+    version: Annotated[int, Field(ge=1, le=2**31 - 1), WHOLE]
+
+
+class AssistantSearch(Search):
     metadata: Metadata | None = None
     graph_id: str | None = None
     name: str | None = None
@@ -139,7 +250,7 @@ class AssistantSearch(Body):
     select: list[AssistantField] | None = None
 
 
-class AssistantCount(Body):
+class AssistantCount(Search):
     metadata: Metadata | None = None
     graph_id: str | None = None
     name: str | None = None
@@ -175,29 +286,35 @@ class GraphSchemas(BaseModel):
 # Threads
 
 
-class ThreadCreate(Body):
+class ThreadCreate(Search):
     thread_id: ThreadId | None = None
     metadata: Metadata | None = None
     if_exists: Literal["raise", "do_nothing"] = "raise"
+    supersteps: Absent = None
+    ttl: Absent = None
 
 
-class ThreadUpdate(Body):
-    metadata: Annotated[dict[str, Any], Field(description="Merged into what is there.")]
+class ThreadUpdate(Search):
+    metadata: Annotated[dict[str, Any], Field(description="Merged into what is there.")] | None = None
+    ttl: Absent = None
 
 
-class ThreadSearch(Body):
+class ThreadSearch(Search):
     metadata: Annotated[dict[str, Any], Field(description="What a thread's metadata must contain.")] | None = None
     ids: Annotated[list[ThreadId], Field(max_length=100)] | None = None
+    values: Absent = None
     status: ThreadStatus | None = None
     limit: Limit = 10
     offset: Offset = 0
-    sort_by: Literal["thread_id", "status", "created_at", "updated_at"] = "created_at"
+    sort_by: Literal["thread_id", "status", "created_at", "updated_at", "state_updated_at"] = "created_at"
     sort_order: Literal["asc", "desc"] = "desc"
     select: list[ThreadField] | None = None
+    extract: Absent = None
 
 
-class ThreadCount(Body):
+class ThreadCount(Search):
     metadata: Annotated[dict[str, Any], Field(description="What a thread's metadata must contain.")] | None = None
+    values: Absent = None
     status: ThreadStatus | None = None
 
 
@@ -210,10 +327,14 @@ class Thread(Part):
     thread_id: str
     created_at: str
     updated_at: str
+    state_updated_at: str
     metadata: dict[str, Any]
+    config: dict[str, Any]
+    context: dict[str, Any]
     status: ThreadStatus
     values: dict[str, Any] | None
     interrupts: dict[str, list[Interrupt]]
+    error: None
 
 
 class Checkpoint(Body):
@@ -230,7 +351,7 @@ class CheckpointAnswer(BaseModel):
     checkpoint_map: dict[str, Any]
 
 
-class StateAt(Body):
+class StateAt(Search):
     checkpoint: Checkpoint
     subgraphs: bool = False
     select: list[StateField] | None = None
@@ -251,7 +372,7 @@ class StateUpdated(BaseModel):
     checkpoint: CheckpointAnswer
 
 
-class History(Body):
+class History(Search):
     limit: Annotated[int, Field(ge=1, le=1000), WHOLE] = 10
     before: Uuid | Checkpoint | None = None
     metadata: Metadata | None = None
@@ -275,7 +396,7 @@ class ThreadState(Part):
     tasks: list[Task]
     checkpoint: CheckpointAnswer
     parent_checkpoint: CheckpointAnswer | None
-    metadata: dict[str, Any] | None
+    metadata: dict[str, Any]
     created_at: str | None
     interrupts: list[Interrupt]
 
@@ -288,16 +409,29 @@ class RunInput(Body):
 
 
 class Command(Body):
-    resume: Annotated[Any, Field(description="The answer to what the thread waits for.")]
+    resume: Annotated[Any, Field(description="The answer to what the thread waits for.")] = None
+    goto: Absent = None
+    update: Absent = None
+    graph: Absent = None
+
+    @property
+    def empty(self) -> bool:
+        return self.resume is None
 
 
-class RunConfig(Body):
+class RunConfig(Search):
+    """What only steers the client's own side, such as callbacks or a run's name, is ignored."""
+
     recursion_limit: Annotated[int, Field(ge=1), WHOLE] | None = None
+    tags: Annotated[list[Any], Field(description="Labels for a tracer. They are not kept.")] | None = None
+    metadata: Annotated[dict[str, Any], Field(description="Added to the run's.")] | None = None
+    configurable: Annotated[dict[str, Any], Field(description="Options of the agent, for this run.")] | None = None
 
 
 class RunBase(Body):
     assistant_id: AssistantName
     config: RunConfig | None = None
+    context: Context | None = None
     metadata: Metadata | None = None
     interrupt_before: Nodes | None = None
     interrupt_after: Nodes | None = None
@@ -305,6 +439,14 @@ class RunBase(Body):
     stream_subgraphs: Annotated[bool, Field(description="Events of subgraphs too. The agent itself has none.")] = False
     stream_resumable: Annotated[bool, Field(description="Keep the events for some minutes, for whoever comes back with a Last-Event-ID.")] = False
     on_disconnect: OnDisconnect = "continue"
+    multitask_strategy: Strategy = "enqueue"
+    if_not_exists: Literal["create", "reject"] = "reject"
+    strict_resume: Annotated[bool, Field(description="A resume that nothing waits for is always refused.")] = True
+    webhook: Absent = None
+    after_seconds: Absent = None
+    feedback_keys: Absent = None
+    langsmith_tracer: Absent = None
+    checkpoint_during: Annotated[bool, Field(description="The older form of durability.")] = True
     durability: Annotated[
         Literal["sync", "async", "exit"],
         Field(description="Every run is as durable as `sync` where it matters. Less cannot be had."),
@@ -316,22 +458,35 @@ class RunCreate(RunBase):
         json_schema_extra={
             "not": {
                 "required": ["input", "command"],
-                "properties": {"input": {"type": "object"}, "command": {"type": "object"}},
+                "properties": {
+                    "input": {"type": "object", "minProperties": 1},
+                    "command": {"type": "object", "required": ["resume"], "properties": {"resume": {"not": {"type": "null"}}}},
+                },
             }
         }
     )
 
-    input: Annotated[RunInput | None, Field(description="With neither input nor command the thread goes on as it is.")] = None
+    input: Annotated[RunInput | Empty | None, Field(description="With neither input nor command the thread goes on as it is.")] = None
     command: Command | None = None
     checkpoint: Checkpoint | None = None
     checkpoint_id: Uuid | None = None
-    multitask_strategy: Strategy = "enqueue"
-    if_not_exists: Literal["create", "reject"] = "reject"
-    strict_resume: Annotated[bool, Field(description="A resume that nothing waits for is always refused.")] = True
+    on_completion: Annotated[Literal["delete", "keep"], Field(description="Of runs without a thread. It changes nothing here.")] = "keep"
 
 
 class StatelessRunCreate(RunBase):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "not": {
+                "required": ["command"],
+                "properties": {"command": {"type": "object", "required": ["resume"], "properties": {"resume": {"not": {"type": "null"}}}}},
+            }
+        }
+    )
+
     input: RunInput
+    command: Annotated[Command | None, Field(description="Without a thread nothing waits for one.")] = None
+    checkpoint: Absent = None
+    checkpoint_id: Absent = None
     on_completion: Annotated[Literal["delete", "keep"], Field(description="What becomes of the thread that is made for the run.")] = "delete"
 
 
@@ -341,7 +496,9 @@ class Run(Part):
     assistant_id: str
     status: RunStatus
     metadata: dict[str, Any]
+    kwargs: dict[str, Any]
     multitask_strategy: Strategy
+    cancel_reason: None
     created_at: str
     updated_at: str
 
@@ -349,6 +506,7 @@ class Run(Part):
 class RunsCancel(Body):
     thread_id: ThreadId
     run_ids: Annotated[list[Uuid], Field(min_length=1, max_length=100)]
+    status: Absent = None
 
 
 # Store
@@ -370,6 +528,8 @@ class ItemPut(Body):
     namespace: Namespace
     key: Key
     value: dict[str, Any]
+    index: Absent = None
+    ttl: Absent = None
 
 
 class ItemDelete(Body):
@@ -377,14 +537,16 @@ class ItemDelete(Body):
     key: Key
 
 
-class ItemSearch(Body):
+class ItemSearch(Search):
     namespace_prefix: NamespacePart = []
     filter: Annotated[dict[str, str | int | float | bool | None], Field(description="What fields of the value must equal.")] = {}
     limit: Limit = 10
     offset: Offset = 0
+    query: Absent = None
+    refresh_ttl: Annotated[bool, Field(description="Items have no ttl here.")] = False
 
 
-class NamespaceList(Body):
+class NamespaceList(Search):
     prefix: NamespacePart = []
     suffix: NamespacePart = []
     max_depth: Annotated[int, Field(ge=1, le=5), WHOLE] | None = None

@@ -1,8 +1,10 @@
 """Threads: made, found, copied, forgotten; their state looked at and changed."""
 
 import asyncio
-from collections.abc import Mapping
-from typing import Annotated, Any
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
+from contextlib import aclosing
+from types import TracebackType
+from typing import Annotated, Any, Self, TypeVar
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from langchain_core.messages import AIMessage, AnyMessage, HumanMessage, RemoveMessage
@@ -10,7 +12,9 @@ from langchain_core.runnables import RunnableConfig
 from langgraph.errors import InvalidUpdateError
 from langgraph.types import StateSnapshot
 
-from agent.api.answers import Json, pick
+from agent.access.in_flight import LARGE_BYTES
+from agent.api.admission import count
+from agent.api.answers import Json, Weighed, dump, pick
 from agent.api.requests import JsonRoute, owner
 from agent.api.schemas import (
     ASSISTANT_ID,
@@ -38,7 +42,7 @@ from agent.api.schemas import (
     TypeMessage,
     WrittenMessage,
 )
-from agent.errors import InvalidRequest, NotFound, ServiceError
+from agent.errors import MIB, InvalidRequest, NotFound, ServiceError
 from agent.runs.threads import Thread as StoredThread
 from agent.services import services
 
@@ -51,35 +55,52 @@ class StateConflict(ServiceError):
     message = "As the thread stands it cannot be changed like this."
 
 
-# Every thread is one of the only graph, so this is no one's to set and always true.
+# An answer that lists states ends after so many, and the next page is asked for: no worker has to hold much more.
+ANSWER_BYTES = 8 * MIB
+PAGE = 50
+Item = TypeVar("Item")
+# True of every thread that the only graph has worked on, and no one's to set otherwise.
 OUR_METADATA = {"graph_id": GRAPH_ID, "assistant_id": ASSISTANT_ID}
 
 
-@router.post("", response_model=Thread, responses={404: {}, 409: {}})
-async def create_thread(request: Request, asked: ThreadCreate) -> Json:
+@router.post("", response_model=Thread, responses={403: {}, 404: {}, 409: {}, 429: {}})
+async def create_thread(request: Request, asked: ThreadCreate) -> Response:
     thread = await services(request).threads.create(owner(request), asked.thread_id, _own(asked.metadata), if_exists=asked.if_exists)
-    return Json(await _thread(request, thread))
+    return await _shown(request, thread)
 
 
-@router.post("/search", response_model=list[Thread])
-async def search_threads(request: Request, asked: ThreadSearch) -> Json:
+@router.post("/search", response_model=list[Thread], responses={429: {}})
+async def search_threads(request: Request, asked: ThreadSearch) -> Response:
+    """An answer ends after some MiB, but not before its first thread: go on with `offset`."""
     wanted = _filter(asked.metadata)
     if wanted is None:
         return Json([])
-    found = await services(request).threads.search(
-        owner(request),
-        metadata=wanted,
-        status=asked.status,
-        thread_ids=asked.ids,
-        limit=asked.limit,
-        offset=asked.offset,
-        sort_by=asked.sort_by,
-        descending=asked.sort_order == "desc",
-    )
     fields = asked.select
     with_state = fields is None or not {"values", "interrupts"}.isdisjoint(fields)
-    described = await asyncio.gather(*(_thread(request, thread, with_state=with_state) for thread in found))
-    return Json([pick(thread, fields) for thread in described])
+
+    async def described(reading: Reading) -> AsyncGenerator[bytes]:
+        for offset in range(asked.offset, asked.offset + asked.limit, PAGE):
+            limit = min(PAGE, asked.offset + asked.limit - offset)
+            found = await services(request).threads.search(
+                owner(request),
+                metadata=wanted,
+                status=asked.status,
+                used=_names_graph(asked.metadata),
+                thread_ids=asked.ids,
+                limit=limit,
+                offset=offset,
+                sort_by=asked.sort_by,
+                descending=asked.sort_order == "desc",
+            )
+            for group in _groups(found, lambda thread: LARGE_BYTES if thread.bytes is None else thread.bytes):
+                if with_state:
+                    await reading.grow(group[0].bytes or 0)
+                for thread in await asyncio.gather(*(_thread(request, thread, with_state=with_state) for thread in group)):
+                    yield dump(pick(thread, fields))
+            if len(found) < limit:
+                return
+
+    return await listed(request, described)
 
 
 @router.post("/count", response_model=int)
@@ -87,20 +108,20 @@ async def count_threads(request: Request, asked: ThreadCount) -> Json:
     wanted = _filter(asked.metadata)
     if wanted is None:
         return Json(0)
-    return Json(await services(request).threads.count(owner(request), metadata=wanted, status=asked.status))
+    return Json(await services(request).threads.count(owner(request), metadata=wanted, status=asked.status, used=_names_graph(asked.metadata)))
 
 
-@router.get("/{thread_id}", response_model=Thread, responses={404: {}})
-async def get_thread(request: Request, thread_id: ThreadPath) -> Json:
-    return Json(await _thread(request, await services(request).threads.get(owner(request), thread_id)))
+@router.get("/{thread_id}", response_model=Thread, responses={404: {}, 429: {}})
+async def get_thread(request: Request, thread_id: ThreadPath) -> Response:
+    return await _shown(request, await services(request).threads.get(owner(request), thread_id))
 
 
-@router.patch("/{thread_id}", response_model=Thread, responses={204: {"description": "Done."}, 404: {}})
+@router.patch("/{thread_id}", response_model=Thread, responses={204: {"description": "Done."}, 403: {}, 404: {}, 429: {}})
 async def update_thread(request: Request, thread_id: ThreadPath, asked: ThreadUpdate, prefer: Annotated[str | None, Header()] = None) -> Response:
     thread = await services(request).threads.update(owner(request), thread_id, _own(asked.metadata))
     if prefer == "return=minimal":
         return Response(status_code=204)
-    return Json(await _thread(request, thread))
+    return await _shown(request, thread)
 
 
 @router.delete("/{thread_id}", status_code=204, responses={404: {}})
@@ -109,9 +130,11 @@ async def delete_thread(request: Request, thread_id: ThreadPath) -> Response:
     return Response(status_code=204)
 
 
-@router.post("/{thread_id}/copy", response_model=Thread, responses={404: {}, 409: {}})
-async def copy_thread(request: Request, thread_id: ThreadPath) -> Json:
-    return Json(await _thread(request, await services(request).threads.copy(owner(request), thread_id)))
+@router.post("/{thread_id}/copy", response_model=Thread, responses={404: {}, 409: {}, 429: {}})
+async def copy_thread(request: Request, thread_id: ThreadPath) -> Response:
+    """Counted like a turn."""
+    await count(request)
+    return await _shown(request, await services(request).threads.copy(owner(request), thread_id), counted=True)
 
 
 # State
@@ -119,35 +142,38 @@ async def copy_thread(request: Request, thread_id: ThreadPath) -> Json:
 Select = Annotated[list[StateField] | None, Query()]
 
 
-@router.get("/{thread_id}/state", response_model=ThreadState, responses={404: {}})
-async def get_state(request: Request, thread_id: ThreadPath, subgraphs: bool = False, select: Select = None) -> Json:
+@router.get("/{thread_id}/state", response_model=ThreadState, responses={404: {}, 429: {}})
+async def get_state(request: Request, thread_id: ThreadPath, subgraphs: bool = False, select: Select = None) -> Response:
     """The agent has no subgraphs, so `subgraphs` shows no more."""
-    return Json(pick(await _state_at(request, thread_id, None), select))
+    return weighed(request, await _state_at(request, thread_id, None, select))
 
 
-@router.get("/{thread_id}/state/{checkpoint_id:uuid}", response_model=ThreadState, responses={404: {}})
+@router.get("/{thread_id}/state/{checkpoint_id:uuid}", response_model=ThreadState, responses={404: {}, 429: {}})
 async def get_state_at(
     request: Request,
     thread_id: ThreadPath,
     checkpoint_id: CheckpointPath,
     subgraphs: bool = False,
     select: Select = None,
-) -> Json:
-    return Json(pick(await _state_at(request, thread_id, str(checkpoint_id)), select))
+) -> Response:
+    return weighed(request, await _state_at(request, thread_id, str(checkpoint_id), select))
 
 
-@router.post("/{thread_id}/state/checkpoint", response_model=ThreadState, responses={404: {}})
-async def get_state_at_checkpoint(request: Request, thread_id: ThreadPath, asked: StateAt) -> Json:
+@router.post("/{thread_id}/state/checkpoint", response_model=ThreadState, responses={404: {}, 429: {}})
+async def get_state_at_checkpoint(request: Request, thread_id: ThreadPath, asked: StateAt) -> Response:
     check_checkpoint(thread_id, asked.checkpoint)
-    return Json(pick(await _state_at(request, thread_id, asked.checkpoint.checkpoint_id), asked.select))
+    return weighed(request, await _state_at(request, thread_id, asked.checkpoint.checkpoint_id, asked.select))
 
 
-@router.post("/{thread_id}/state", response_model=StateUpdated, responses={404: {}, 409: {}})
+@router.post("/{thread_id}/state", response_model=StateUpdated, responses={404: {}, 409: {}, 429: {}})
 async def update_state(request: Request, thread_id: ThreadPath, asked: StateUpdate) -> Json:
-    """Put messages into a thread, or take some out. It must not be busy."""
+    """Put messages into a thread, or take some out. It must not be busy. Counted like a turn."""
+    await services(request).threads.get(owner(request), thread_id)
     checkpoint_id = check_checkpoint(thread_id, asked.checkpoint) or asked.checkpoint_id
-    if checkpoint_id:
-        await _state_at(request, thread_id, checkpoint_id)
+    await count(request)
+    await services(request).quota.admit(owner(request))
+    if checkpoint_id and not await services(request).threads.checkpoints(thread_id, 1, at=checkpoint_id):
+        raise NotFound("There is no such checkpoint.")
     try:
         written = await services(request).engine.update_state(owner(request), thread_id, _values(asked.values), asked.as_node, checkpoint_id)
     except InvalidUpdateError:
@@ -157,22 +183,92 @@ async def update_state(request: Request, thread_id: ThreadPath, asked: StateUpda
     return Json({"checkpoint": checkpoint(written)})
 
 
-@router.post("/{thread_id}/history", response_model=list[ThreadState], responses={404: {}})
-async def get_history(request: Request, thread_id: ThreadPath, asked: History) -> Json:
-    """The states of a thread, newest first."""
-    await services(request).threads.get(owner(request), thread_id)
-    check_checkpoint(thread_id, asked.checkpoint)
+@router.post("/{thread_id}/history", response_model=list[ThreadState], responses={404: {}, 429: {}})
+async def get_history(request: Request, thread_id: ThreadPath, asked: History) -> Response:
+    """The states of a thread, newest first. An answer ends after some MiB, but not before its first: go on with `before`."""
+    thread = await services(request).threads.get(owner(request), thread_id)
+    at = check_checkpoint(thread_id, asked.checkpoint)
     before = asked.before
     if isinstance(before, Checkpoint):
-        check_checkpoint(thread_id, before)
-        before = before.checkpoint_id
-    states = services(request).graph.aget_state_history(
-        config_of(thread_id, asked.checkpoint.checkpoint_id if asked.checkpoint else None),
-        filter=asked.metadata,
-        before=config_of(thread_id, before) if before else None,
-        limit=asked.limit,
-    )
-    return Json([pick(describe_state(state), asked.select) async for state in states])
+        before = check_checkpoint(thread_id, before)
+    graph = services(request).graph
+    size = await services(request).threads.size(thread)
+
+    async def described(reading: Reading) -> AsyncGenerator[bytes]:
+        await reading.grow(size)
+        if size <= LARGE_BYTES:
+            place = config_of(thread_id, before) if before else None
+            async for state in graph.aget_state_history(config_of(thread_id, at), filter=asked.metadata, before=place, limit=asked.limit):
+                yield dump(pick(describe_state(state), asked.select))
+            return
+        found = await services(request).threads.checkpoints(thread_id, asked.limit, at=at, before=before, metadata=asked.metadata)
+        for group in _groups(found, lambda checkpoint: checkpoint[1]):
+            for state in await asyncio.gather(*(graph.aget_state(config_of(thread_id, checkpoint_id)) for checkpoint_id, _ in group)):
+                yield dump(pick(describe_state(state), asked.select))
+
+    return await listed(request, described)
+
+
+class Reading:
+    """A request while it reads states. Where they turn out to be large, it is counted like a turn, and waits for its place."""
+
+    def __init__(self, request: Request, *, counted: bool = False) -> None:
+        self._request = request
+        self._counted = counted
+        self._places = services(request).answers.loading
+        self._large = False
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._large:
+            self._places.release()
+
+    async def grow(self, size: int) -> None:
+        """So much is read, or about to be. Raises RateLimited."""
+        if size <= LARGE_BYTES or self._large:
+            return
+        if not self._counted:
+            await count(self._request)
+        self._counted = True
+        await self._places.acquire()
+        self._large = True
+
+
+async def listed(request: Request, describe: Callable[[Reading], AsyncGenerator[bytes]], form: bytes = b"[%s]") -> Weighed:
+    """What is described in one answer, as far as that may be long.
+
+    form: what is around it
+    """
+    taken: list[bytes] = []
+    length = 0
+    async with Reading(request) as reading, aclosing(describe(reading)) as parts:
+        async for part in parts:
+            taken.append(part)
+            length += len(part)
+            await reading.grow(length)
+            if length > ANSWER_BYTES:
+                break
+        return weighed(request, form % b",".join(taken))
+
+
+def weighed(request: Request, body: bytes) -> Weighed:
+    return Weighed(body, owner(request), services(request).answers)
+
+
+def _groups(items: Iterable[Item], size_of: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """What may be loaded together, in order: as many as have LARGE_BYTES, or one that has more."""
+    group: list[Item] = []
+    size = 0
+    for item in items:
+        if group and size + size_of(item) > LARGE_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(item)
+        size += size_of(item)
+    if group:
+        yield group
 
 
 def config_of(thread_id: str, checkpoint_id: str | None = None) -> RunnableConfig:
@@ -187,12 +283,21 @@ def check_checkpoint(thread_id: str, place: Checkpoint | None) -> str | None:
     return place.checkpoint_id if place else None
 
 
-async def _state_at(request: Request, thread_id: str, checkpoint_id: str | None) -> dict[str, Any]:
-    await services(request).threads.get(owner(request), thread_id)
-    state: StateSnapshot = await services(request).graph.aget_state(config_of(thread_id, checkpoint_id))
-    if checkpoint_id and state.created_at is None:
-        raise NotFound("There is no such checkpoint.")
-    return describe_state(state)
+async def _state_at(request: Request, thread_id: str, checkpoint_id: str | None, select: list[StateField] | None) -> bytes:
+    threads = services(request).threads
+    size = await threads.size(await threads.get(owner(request), thread_id))
+    async with Reading(request) as reading:
+        await reading.grow(size)
+        state: StateSnapshot = await services(request).graph.aget_state(config_of(thread_id, checkpoint_id))
+        if checkpoint_id and state.created_at is None:
+            raise NotFound("There is no such checkpoint.")
+        return dump(pick(describe_state(state), select))
+
+
+async def _shown(request: Request, thread: StoredThread, *, counted: bool = False) -> Weighed:
+    async with Reading(request, counted=counted) as reading:
+        await reading.grow(await services(request).threads.size(thread))
+        return weighed(request, dump(await _thread(request, thread)))
 
 
 async def _thread(request: Request, thread: StoredThread, *, with_state: bool = True) -> dict[str, Any]:
@@ -200,8 +305,12 @@ async def _thread(request: Request, thread: StoredThread, *, with_state: bool = 
         "thread_id": thread.thread_id,
         "created_at": thread.created_at,
         "updated_at": thread.updated_at,
-        "metadata": thread.metadata | OUR_METADATA,
+        "state_updated_at": thread.last_active,
+        "metadata": (OUR_METADATA if thread.used else {}) | thread.metadata,
+        "config": {},
+        "context": {},
         "status": thread.status,
+        "error": None,
     }
     if with_state:
         state: StateSnapshot = await services(request).graph.aget_state(config_of(thread.thread_id))
@@ -229,7 +338,7 @@ def describe_state(state: StateSnapshot) -> dict[str, Any]:
         ],
         "checkpoint": checkpoint(state.config["configurable"]),
         "parent_checkpoint": checkpoint(state.parent_config["configurable"]) if state.parent_config else None,
-        "metadata": state.metadata,
+        "metadata": state.metadata or {},
         "created_at": state.created_at,
         "interrupts": state.interrupts,
     }
@@ -245,12 +354,16 @@ def checkpoint(place: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _own(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Without what is true of every thread anyway."""
-    own = dict(metadata or {})
+    """As it is kept. A client may name the graph, as there is none but one."""
+    own = {name: value for name, value in (metadata or {}).items() if value is not None or name not in OUR_METADATA}
     for name in OUR_METADATA:
-        if own.pop(name, GRAPH_ID) not in OUR_METADATA.values():
+        if own.get(name, GRAPH_ID) not in OUR_METADATA.values():
             raise InvalidRequest(f"metadata: {name} can only be `{GRAPH_ID}` or `{ASSISTANT_ID}`.")
     return own
+
+
+def _names_graph(metadata: Mapping[str, Any] | None) -> bool:
+    return not OUR_METADATA.keys().isdisjoint(metadata or {})
 
 
 def _filter(metadata: Mapping[str, Any] | None) -> dict[str, Any] | None:

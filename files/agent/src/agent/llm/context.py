@@ -7,13 +7,24 @@ that alone is too much, its tool results are shortened, the longest first.
 
 from collections.abc import Sequence
 
-from langchain_core.messages import AnyMessage, HumanMessage, ToolMessage
+from langchain_core.messages import AIMessage, AnyMessage, HumanMessage, ToolMessage
 
 from agent.tokens import BYTES_PER_TOKEN, TOKENS_PER_MESSAGE, count
 
 SHORTEST_RESULT_TOKENS = 100
 LEFT_OUT = "Earlier messages of this conversation are not shown: they no longer fit."
+NO_ANSWER = "This turn ended without an answer."
 CUT = "\n[cut here: the rest does not fit]"
+
+
+def alternating(messages: Sequence[AnyMessage]) -> list[AnyMessage]:
+    """With an answer to every turn that has none: some models' templates refuse a question that follows a tool's result."""
+    shown: list[AnyMessage] = []
+    for message in messages:
+        if shown and isinstance(shown[-1], ToolMessage) and isinstance(message, HumanMessage):
+            shown.append(AIMessage(NO_ANSWER))
+        shown.append(message)
+    return shown
 
 
 def turns(messages: Sequence[AnyMessage]) -> list[Sequence[AnyMessage]]:

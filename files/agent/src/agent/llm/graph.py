@@ -49,6 +49,7 @@ def create_graph(
     deadline  when the turn must have ended, on the event loop's clock; without it, turn_timeout_seconds from now
     owner     whose memories the memory tools see
     model     parameters for the model, such as its temperature, that go before the settings
+    system_prompt, tools  an assistant's own prompt, which follows the service's, and the names of the only tools that it may use
     """
     toolbox = tools if isinstance(tools, Toolbox) else Toolbox(tools)
     steps = Steps(settings, create_model(settings), toolbox, tracing or Tracing())
@@ -114,21 +115,24 @@ class Steps:
     async def _answer(self, messages: Sequence[AnyMessage], config: RunnableConfig) -> AIMessage:
         more: dict[str, Any] = dict(config["configurable"].get("model", {}))
         if len(self._toolbox):
-            more["tools"] = self._toolbox.descriptions
+            only = config["configurable"].get("tools")
+            offered = [tool for tool in self._toolbox.descriptions if only is None or tool["function"]["name"] in only]
+            more |= {"tools": offered} if offered else {}
+        own = config["configurable"].get("system_prompt")
         try:
-            return await self._model.ainvoke(self._prompt(messages, self._context_tokens), config, **more)
+            return await self._model.ainvoke(self._prompt(messages, self._context_tokens, own), config, **more)
         except ContextOverflow as overflow:
             if overflow.limit and overflow.limit < self._context_tokens:
                 self._context_tokens = overflow.limit
             # The estimate was wrong by some factor: half as much is short enough unless it was wrong by two.
-            smaller = self._prompt(messages, self._context_tokens // 2)
+            smaller = self._prompt(messages, self._context_tokens // 2, own)
             return await self._model.ainvoke(smaller, config, **more)
 
-    def _prompt(self, messages: Sequence[AnyMessage], context_tokens: int) -> list[AnyMessage]:
-        fixed = self._system_tokens + self._toolbox.tokens + self._settings.max_tokens
+    def _prompt(self, messages: Sequence[AnyMessage], context_tokens: int, own: str | None) -> list[AnyMessage]:
+        fixed = self._system_tokens + self._toolbox.tokens + self._settings.max_tokens + (count_text(own) if own else 0)
         # Never nothing: what is refused for its length is told to the client as such.
         fitting, left_out = context.fit(messages, max(context_tokens - fixed, context.SHORTEST_RESULT_TOKENS))
-        prompt = self._settings.system_prompt
+        prompt = f"{self._settings.system_prompt}\n\n{own}" if own else self._settings.system_prompt
         if left_out:
             prompt = f"{prompt}\n\n{context.LEFT_OUT}"
-        return [SystemMessage(prompt), *fitting]
+        return [SystemMessage(prompt), *context.alternating(fitting)]

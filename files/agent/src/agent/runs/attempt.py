@@ -1,8 +1,7 @@
 """One attempt of a run: the graph is driven from where the thread is to the end of the turn.
 
-A thread is a sequence of complete turns. What an interrupted turn left behind (a message without an answer, a tool
-call without a result, after a crash, a timeout or a model's failure) is erased in the step that adds the next message:
-its sender knows that it failed, and many models refuse a conversation with a hole in it.
+A thread is a sequence of turns without holes. What an interrupted turn left behind (a message without an answer, a tool
+call without a result, after a crash, a timeout or a model's failure) is mended in the step that adds the next message.
 """
 
 import logging
@@ -15,7 +14,6 @@ from langchain_core.messages import (
     AIMessageChunk,
     AnyMessage,
     BaseMessage,
-    RemoveMessage,
     ToolMessage,
     convert_to_messages,
 )
@@ -30,6 +28,7 @@ from agent.metrics import Metrics
 from agent.runs._langgraph import CHECKPOINTER, INTERRUPT, without_internal
 from agent.runs.checkpoints import RunSaver
 from agent.runs.events import EventLog, plain
+from agent.runs.mending import changes, is_answer, mend
 from agent.runs.records import Outcome, Run
 from agent.tokens import count, count_text
 
@@ -120,38 +119,40 @@ class Attempt:
         return loaded is not None and loaded.metadata.get("run_id") == self._run.run_id
 
     def _input(self, loaded: CheckpointTuple | None, stored: Sequence[AnyMessage]) -> Any:
+        waits = loaded is not None and any(channel == INTERRUPT for _, channel, _ in loaded.pending_writes or ())
         match self._run.input:
             case None:
                 if loaded is None:
                     raise InvalidRequest("The thread has nothing to go on with.")
                 return None
             case {"resume": answer}:
-                if loaded is None or not any(channel == INTERRUPT for _, channel, _ in loaded.pending_writes or ()):
+                if not waits:
                     raise InvalidRequest("The thread waits for no answer.")
                 return Command(resume=answer)
             case {"messages": given}:
-                return {"messages": self._messages(given, stored)}
+                return {"messages": self._messages(given, stored, waits=waits)}
         raise InvalidRequest("The input must have messages or an answer.")
 
-    def _messages(self, given: Sequence[Any], stored: Sequence[AnyMessage]) -> list[BaseMessage]:
+    def _messages(self, given: Sequence[Any], stored: Sequence[AnyMessage], *, waits: bool) -> list[BaseMessage]:
         sent = convert_to_messages(given)
         for index, message in enumerate(sent):
             # Known before the first attempt: another one replaces the messages of the first instead of adding to them.
             message.id = message.id or (f"{self._run.run_id}-{index}" if index else self._run.run_id)
         answered = {message.tool_call_id for message in sent if isinstance(message, ToolMessage)}
-        remains = unfinished(stored)
-        if not remains or any(call["id"] in answered for call in _tool_calls(remains)):
+        if not stored or is_answer(stored[-1]):
             return sent
+        mended = mend(stored, self._saver.results, answered, waits=waits)
         self._metrics.threads_healed.inc()
-        extra = {"thread_id": self._run.thread_id, "run_id": self._run.run_id, "messages": len(remains)}
-        logger.info("an interrupted turn is erased", extra=extra)
-        return [*(RemoveMessage(id=str(left.id)) for left in remains), *sent]
+        extra = {"thread_id": self._run.thread_id, "run_id": self._run.run_id, "messages": abs(len(mended) - len(stored))}
+        logger.info("an interrupted turn is mended", extra=extra)
+        self._before = frozenset(message.id for message in (*stored, *mended))
+        return [*changes(stored, mended), *sent]
 
     async def _stream(self, graph_input: Any) -> AsyncIterator[tuple[str, Any, tuple[str, ...]]]:
         options = self._run.options
         config: RunnableConfig = {
             **self._config,
-            "configurable": {**self._config["configurable"], CHECKPOINTER: self._saver},
+            "configurable": {**self._config["configurable"], CHECKPOINTER: self._saver, "results": self._saver},
         }
         modes: list[Any] = list({mode for wanted in options.stream for mode in MODES.get(wanted, ())})
         limits: dict[str, Any] = {
@@ -244,20 +245,6 @@ MODES = {
     "updates": ("updates",),
     "custom": ("custom",),
 }
-
-
-def is_answer(message: BaseMessage) -> bool:
-    return isinstance(message, AIMessage) and not message.tool_calls and not message.invalid_tool_calls
-
-
-def unfinished(messages: Sequence[AnyMessage]) -> Sequence[AnyMessage]:
-    """The messages after the last complete turn."""
-    complete = next((index for index in range(len(messages), 0, -1) if is_answer(messages[index - 1])), 0)
-    return messages[complete:]
-
-
-def _tool_calls(messages: Sequence[AnyMessage]) -> list[Any]:
-    return [call for message in messages if isinstance(message, AIMessage) for call in message.tool_calls]
 
 
 def _name(event: str, namespace: tuple[str, ...]) -> str:

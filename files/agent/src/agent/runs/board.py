@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 KEEP_LOG_SECONDS = 60.0
 MAX_KEPT_LOGS = 500
+MAX_KEPT_BYTES = 32 << 20
 
 Reason = Literal["interrupt", "rollback", "stop", "lost"]
 
@@ -62,16 +63,20 @@ class Board:
         self.closing = False
         self._waiting: dict[str, set[asyncio.Event]] = {}
         self._kept: OrderedDict[str, KeptRun] = OrderedDict()
+        self._kept_bytes = 0
 
     def keep(self, run: Run, log: EventLog) -> None:
         now = time.monotonic()
+        self.forget(run.run_id)
         self._kept[run.run_id] = KeptRun(run, log, now + KEEP_LOG_SECONDS)
-        while self._kept and (len(self._kept) > MAX_KEPT_LOGS or next(iter(self._kept.values())).until < now):
-            self._kept.popitem(last=False)
+        self._kept_bytes += log.size
+        while self._kept and (len(self._kept) > MAX_KEPT_LOGS or self._kept_bytes > MAX_KEPT_BYTES or next(iter(self._kept.values())).until < now):
+            self.forget(next(iter(self._kept)))
 
     def forget(self, run_id: str) -> None:
         """Keep its events no longer."""
-        self._kept.pop(run_id, None)
+        if (kept := self._kept.pop(run_id, None)) is not None:
+            self._kept_bytes -= kept.log.size
 
     def log_of(self, owner: str, run_id: str) -> EventLog | None:
         """What the run published here, if it did and is the owner's."""

@@ -9,9 +9,10 @@ row. A run that was taken over by another worker can store nothing: that stateme
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Literal, cast
+from uuid import UUID, uuid5
 
 import orjson
-from langchain_core.messages import AIMessage
+from langchain_core.messages import AIMessage, ToolMessage
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.base import (
     BaseCheckpointSaver,
@@ -22,7 +23,7 @@ from langgraph.checkpoint.base import (
 )
 from langgraph.checkpoint.postgres.aio import AsyncPostgresSaver
 
-from agent.errors import StorageUnavailable
+from agent.errors import StorageUnavailable, ThreadTooLarge
 from agent.runs._langgraph import (
     INLINE_VERSION,
     INTERRUPT,
@@ -40,6 +41,10 @@ from agent.storage.postgres import Database, Pool
 LATEST = SELECT_SQL + "WHERE thread_id = %s AND checkpoint_ns = %s ORDER BY checkpoint_id DESC LIMIT 1"
 EXACT = SELECT_SQL + "WHERE thread_id = %s AND checkpoint_ns = %s AND checkpoint_id = %s"
 PRIMITIVE = (str, int, float, bool)
+# The channel of results that were there before their step ended. It is no channel of the graph, which ignores it.
+RESULT = "result"
+# A call's id is what the model made up. Of it is made the task id that its result is stored under.
+RESULTS = UUID("b7a0c1de-5b0e-4b9a-9f3a-3a1f6a1d7c52")
 
 Save = Callable[[Batch], Awaitable[None]]
 # namespace, id, parent, checkpoint, metadata, channels that are new and their versions
@@ -57,25 +62,31 @@ class ThreadSaver(AsyncPostgresSaver):
 
     async def read(self, config: RunnableConfig) -> CheckpointTuple | None:
         """A checkpoint with everything in it, in one round trip and without a thread."""
+        return (await self.read_sized(config))[0]
+
+    async def read_sized(self, config: RunnableConfig) -> tuple[CheckpointTuple | None, int]:
+        """The same, and the bytes of its channels as they are stored."""
         configurable = config["configurable"]
         key = [configurable["thread_id"], configurable.get("checkpoint_ns", "")]
         checkpoint_id = get_checkpoint_id(config)
         rows = await (self.database.run(EXACT, [*key, checkpoint_id], binary=True) if checkpoint_id else self.database.run(LATEST, key, binary=True))
         if not rows:
-            return None
+            return None, 0
+        size = sum(len(blob or b"") for _, _, blob in rows[0]["channel_values"] or ())
         if rows[0]["checkpoint"]["v"] < INLINE_VERSION:
-            return await self.aget_tuple(config)  # written by an older LangGraph
+            return await self.aget_tuple(config), size  # written by an older LangGraph
         row = rows[0]
         here = {"thread_id": row["thread_id"], "checkpoint_ns": row["checkpoint_ns"]}
         parent_id = row["parent_checkpoint_id"]
         values = (row["checkpoint"].get("channel_values") or {}) | load_blobs(self, row["channel_values"])
-        return CheckpointTuple(
+        found = CheckpointTuple(
             {"configurable": {**here, "checkpoint_id": row["checkpoint_id"]}},
             cast(Checkpoint, {**row["checkpoint"], "channel_values": values}),
             row["metadata"],
             {"configurable": {**here, "checkpoint_id": parent_id}} if parent_id else None,
             load_writes(self, row["pending_writes"]),
         )
+        return found, size
 
     def allowing(self, allowlist: Any) -> AsyncPostgresSaver:
         """The same saver, loading these classes too. A graph asks for it at every run with the same list."""
@@ -96,31 +107,59 @@ class RunSaver(BaseCheckpointSaver[str]):
         save: Save,
         *,
         history: Literal["turn", "step"],
+        limit: int,
     ) -> None:
+        """limit: bytes that the state may have"""
         super().__init__(serde=saver.serde)
         self._saver: AsyncPostgresSaver = saver
         self._reader = saver
         self._metadata = {**metadata, "run_id": run_id}
         self._save = save
         self._history = history
+        self._limit = limit
+        # Bytes of what is stored.
+        self.saved = 0
         self._loaded: CheckpointTuple | None = None
         self._unread = False
         self._checkpoints: list[Kept] = []
         self._writes: dict[tuple[str, str, str, int], tuple[str, str, Any]] = {}
         self._tools_running = 0
+        self._flushing = asyncio.Lock()
         # The root graph's state as of the last step.
         self.values: dict[str, Any] = {}
         self.last_id: str | None = None
 
     async def load(self, config: RunnableConfig | None) -> CheckpointTuple | None:
-        """Where the run starts from, which is nothing without a config. The graph is given the same when it asks."""
-        self._loaded = None if config is None else await self._reader.read(config)
+        """Where the run starts from, which is nothing without a config. The graph is given the same when it asks.
+
+        Raises ThreadTooLarge.
+        """
+        self._loaded, size = (None, 0) if config is None else await self._reader.read_sized(config)
+        if size > self._limit:
+            raise ThreadTooLarge(size, self._limit)
         self._unread = True
         if self._loaded is not None:
             self.values = self._loaded.checkpoint["channel_values"]
             self.last_id = self._loaded.checkpoint["id"]
             self._tools_running = _tool_calls(self._loaded.checkpoint)
         return self._loaded
+
+    @property
+    def results(self) -> dict[str, ToolMessage]:
+        """What finished of the calls of the step that the run starts in, by the call's id."""
+        loaded = self._loaded
+        if loaded is None or loaded.checkpoint["id"] != self.last_id:  # a later step may have a call of the same id
+            return {}
+        return {str(value.tool_call_id): value for _, channel, value in loaded.pending_writes or () if channel == RESULT}
+
+    async def keep_result(self, result: ToolMessage) -> None:
+        """Store what a tool did while others of its step still run: if we die before they are done, it does not run again."""
+        messages = self.values.get("messages")
+        last = messages[-1] if messages else None
+        if self.last_id is None or not isinstance(last, AIMessage) or len(last.tool_calls) < 2:
+            return  # the step ends with its only call, and is stored
+        self._writes["", self.last_id, str(uuid5(RESULTS, str(result.tool_call_id))), 0] = ("", RESULT, result)
+        await self._flush()
 
     @property
     def interrupts(self) -> list[Any]:
@@ -133,7 +172,7 @@ class RunSaver(BaseCheckpointSaver[str]):
         ]
 
     def batch(self, *, final: bool = False) -> Batch:
-        """What is not stored yet, serialized. Nothing is forgotten until forget()."""
+        """What is not stored yet, serialized. Raises ThreadTooLarge."""
         last_only = final and self._history == "turn" and not any(ns for ns, *_ in self._checkpoints)
         checkpoints = _join(self._checkpoints) if last_only else self._checkpoints
         batch = Batch()
@@ -145,6 +184,8 @@ class RunSaver(BaseCheckpointSaver[str]):
                     inline[channel] = value
                 elif channel in versions:
                     kind, blob = dumps(value)
+                    if len(blob) > self._limit:
+                        raise ThreadTooLarge(len(blob), self._limit)
                     batch.blobs[ns, channel, str(versions[channel])] = (kind, blob)
             batch.checkpoints[ns, checkpoint_id] = (
                 parent,
@@ -155,11 +196,6 @@ class RunSaver(BaseCheckpointSaver[str]):
             if not last_only or checkpoint_id == self.last_id:
                 batch.writes[ns, checkpoint_id, task_id, index] = (path, channel, *dumps(value))
         return batch
-
-    def forget(self) -> None:
-        """What batch() gave is stored."""
-        self._checkpoints = []
-        self._writes = {}
 
     def with_allowlist(self, extra_allowlist: Any) -> "RunSaver":
         self._saver = self._reader.allowing(extra_allowlist)
@@ -215,9 +251,14 @@ class RunSaver(BaseCheckpointSaver[str]):
             await self._flush()
 
     async def _flush(self) -> None:
+        async with self._flushing:
+            await self._flush_all()
+
+    async def _flush_all(self) -> None:
         batch = self.batch()
         pending, writes = len(self._checkpoints), list(self._writes.items())
         await self._save(batch)
+        self.saved += batch.size
         # More may have come in the meantime, or a write may have been replaced.
         del self._checkpoints[:pending]
         for key, value in writes:

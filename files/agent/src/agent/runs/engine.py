@@ -264,9 +264,8 @@ class Engine:
         if checkpoint_id:
             configurable["checkpoint_id"] = checkpoint_id
         # Where the change is refused, the thread stays what it was.
-        outcome, batch = Outcome("error", None), Batch()
+        outcome, batch, saver = Outcome("error", None), Batch(), self._runner.saver(run)
         try:
-            saver = self._runner.saver(run)
             config: RunnableConfig = {"configurable": {**configurable, CHECKPOINTER: saver}}
             written = await self._graph.aupdate_state(config, values, as_node)
             config = {"configurable": {**written["configurable"], CHECKPOINTER: saver}}
@@ -276,7 +275,7 @@ class Engine:
         except (TypeError, ValueError) as error:
             raise InvalidRequest("The state cannot be changed like this.") from error
         finally:
-            await asyncio.shield(self._ledger.finish(run, batch, outcome))
+            await asyncio.shield(self._ledger.finish(run, batch, outcome, saver.saved))
             await self._ledger.delete(run.run_id)
         return without_internal(written["configurable"])
 

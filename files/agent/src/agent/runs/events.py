@@ -64,10 +64,14 @@ class EventLog:
         self._events: list[Event] = []
         self._waiting: set[asyncio.Future[None]] = set()
         self.closed = False
+        # Bytes of the events that have a whole state in them. All others are small.
+        self.size = 0
 
     def publish(self, event: str, data: Any) -> Event:
         published = Event(self._first + len(self._events), event, plain(data))
         self._events.append(published)
+        if event == "values":
+            self.size += len(to_json(published.data))
         self._wake()
         return published
 
@@ -129,12 +133,16 @@ class EventStreams:
             self._queue.append((run_id, event))
             self._wake.set()
 
-    async def read(self, run_id: str, after: int) -> list[Event]:
-        """The events after this one; empty where there was none for BLOCK_SECONDS. Raises RedisError or OSError."""
+    async def read(self, run_id: str, after: int, count: int) -> tuple[list[Event], int]:
+        """At most so many of the events after this one, and their bytes; none where there was none for BLOCK_SECONDS.
+
+        Raises RedisError or OSError.
+        """
         async with asyncio.timeout(BLOCK_SECONDS + WRITE_SECONDS):
-            answer: Any = await self._redis.xread({_key(run_id): f"{after}-0"}, count=500, block=int(BLOCK_SECONDS * 1000))
+            answer: Any = await self._redis.xread({_key(run_id): f"{after}-0"}, count=count, block=int(BLOCK_SECONDS * 1000))
         entries: list[tuple[bytes, dict[bytes, bytes]]] = [entry for _, found in answer or () for entry in found]
-        return [Event(int(number.partition(b"-")[0]), fields[b"e"].decode(), orjson.loads(fields[b"d"])) for number, fields in entries]
+        events = [Event(int(number.partition(b"-")[0]), fields[b"e"].decode(), orjson.loads(fields[b"d"])) for number, fields in entries]
+        return events, sum(len(fields[b"d"]) for _, fields in entries)
 
     async def _write_for_ever(self) -> None:
         while True:

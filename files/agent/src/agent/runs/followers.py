@@ -14,6 +14,9 @@ from agent.runs.ledger import Ledger
 from agent.runs.records import Run, describe_failure, last_words
 
 POLL_SECONDS = 1.0
+# Events that are read at once, and how large that many may have been.
+FEW, MANY = 8, 500
+SMALL_BYTES = 64 * 1024
 
 
 class Followers:
@@ -56,7 +59,11 @@ class Followers:
                 if not (waits or run.options.resumable):
                     break
                 try:
-                    while events := await self._read_streams(run_id, after, news):
+                    # Many at once where they are small, and few where each has a whole state in it.
+                    many = FEW
+                    while (read := await self._read_streams(run_id, after, many, news))[0]:
+                        events, size = read
+                        many = MANY if size < SMALL_BYTES else FEW
                         for event in events:
                             if event.id not in (after + 1, event.id // ATTEMPT * ATTEMPT + 1):
                                 raise _Gap
@@ -79,12 +86,12 @@ class Followers:
         for number, (name, data) in enumerate(last_words(run), after + 1):
             yield Event(number, name, data)
 
-    async def _read_streams(self, run_id: str, after: int, news: asyncio.Event) -> list[Event]:
+    async def _read_streams(self, run_id: str, after: int, count: int, news: asyncio.Event) -> tuple[list[Event], int]:
         """What other workers broadcast; nothing after a second of silence, or when there is news of the run."""
-        read, woken = asyncio.create_task(self._streams.read(run_id, after)), asyncio.create_task(news.wait())
+        read, woken = asyncio.create_task(self._streams.read(run_id, after, count)), asyncio.create_task(news.wait())
         try:
             await asyncio.wait({read, woken}, return_when=asyncio.FIRST_COMPLETED)
-            return read.result() if read.done() else []
+            return read.result() if read.done() else ([], 0)
         finally:
             read.cancel()
             woken.cancel()

@@ -15,6 +15,7 @@ from psycopg.conninfo import make_conninfo
 from psycopg.rows import DictRow
 
 from agent.errors import StorageUnavailable
+from agent.runs.quota import ROW_BYTES
 from agent.runs.records import Batch, Outcome, Run, RunLost, RunOptions
 from agent.runs.statements import CANCEL, CHANNEL, FINISH, FINISH_ONE, INSERT, ROLL_BACK, SAVE
 from agent.storage.postgres import Database
@@ -26,9 +27,11 @@ RUN = "run_id::text, thread_id, owner, turn_id, status, attempt, first_attempt, 
 
 
 class Ledger:
-    def __init__(self, database: Database, worker: str) -> None:
+    def __init__(self, database: Database, worker: str, stored: Callable[[str, int], None] = lambda owner, size: None) -> None:
+        """stored: told of an owner and of the bytes that were stored for it"""
         self._database = database
         self.worker = worker
+        self._stored = stored
 
     # Accepting
 
@@ -47,6 +50,7 @@ class Ledger:
                 "metadata": thread_metadata,
                 "create": create_thread,
                 "reject": reject,
+                "bytes": ROW_BYTES + len(thread_metadata),
             },
         )
         if not rows:
@@ -164,18 +168,22 @@ class Ledger:
         if not rows[0]["mine"]:
             raise RunLost
 
-    async def finish(self, run: Run, batch: Batch, outcome: Outcome) -> bool:
-        """Store the rest together with how it ended, and tell whether another run waits for the thread."""
+    async def finish(self, run: Run, batch: Batch, outcome: Outcome, saved: int = 0) -> bool:
+        """Store the rest together with how it ended, and tell whether another run waits for the thread.
+
+        saved: bytes of the batches that were stored before
+        """
         result = orjson.dumps(outcome.result).decode() if outcome.result is not None else None
         error = orjson.dumps(outcome.error).decode() if outcome.error is not None else None
         # Nearly always there is one checkpoint and one channel: the plain values cost half of what the columns do.
         one = len(batch.checkpoints) == len(batch.blobs) == 1 and not batch.writes
+        size = saved + batch.size + len(result or "") + len(orjson.dumps([run.input, run.options.metadata]))
         rows = await self._database.run(
             FINISH_ONE if one else FINISH,
             [
                 outcome.status, result, error, run.run_id, self.worker, run.attempt,
                 *(batch.only() if one else batch.columns()),
-                outcome.thread_status, run.thread_id,
+                outcome.thread_status, size, run.thread_id,
             ],
         )  # fmt: skip
         if not rows[0]["mine"]:
@@ -184,6 +192,7 @@ class Ledger:
             if stored is None or stored.attempt != run.attempt or stored.status != outcome.status:
                 raise RunLost
             return True
+        self._stored(run.owner, size)
         run.updated_at = rows[0]["now"]
         return bool(rows[0]["more"])
 

@@ -58,6 +58,11 @@ class RunOptions:
     recursion_limit: int | None = None
     # Parameters for the model, in the words of its API, that go before the service's own.
     model: dict[str, Any] = field(default_factory=dict)
+    # The assistant's own, beside the service's prompt; and the only tools that it may use, None for all.
+    system_prompt: str | None = None
+    tools: tuple[str, ...] | None = None
+    # Whose options these are, None for the agent as it was deployed.
+    assistant_id: str | None = None
     interrupt_before: tuple[str, ...] = ()
     interrupt_after: tuple[str, ...] = ()
     # "delete": the thread goes when the run ends (the LangGraph API's runs without a thread).
@@ -126,6 +131,15 @@ class Batch:
     blobs: dict[tuple[str, str, str], tuple[str, bytes | None]] = field(default_factory=dict)
     # (namespace, checkpoint, task, index) -> (task path, channel, type, blob)
     writes: dict[tuple[str, str, str, int], tuple[str, str, str, bytes]] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Bytes, as Quota counts them."""
+        return (
+            sum(len(checkpoint) + len(metadata) for _, checkpoint, metadata in self.checkpoints.values())
+            + sum(len(blob or b"") for _, blob in self.blobs.values())
+            + sum(len(blob) for *_, blob in self.writes.values())
+        )
 
     def only(self) -> list[Any]:
         """The one checkpoint and the one blob."""

@@ -11,7 +11,7 @@ from typing import Any
 import psycopg
 from langchain_core.runnables import RunnableConfig
 
-from agent.errors import Cancelled, ServiceError, StorageUnavailable, TurnTimeout
+from agent.errors import MIB, Cancelled, ServiceError, StorageUnavailable, ThreadTooLarge, TurnTimeout
 from agent.llm.graph import Agent
 from agent.metrics import Metrics
 from agent.runs.attempt import Attempt
@@ -96,7 +96,8 @@ class Runner:
             with self._metrics.save_seconds.time():
                 await self._ledger.save(run, batch)
 
-        return RunSaver(self._saver, run.run_id, run.options.metadata, save, history=run.options.history)
+        limit = self._settings.thread_mib * MIB
+        return RunSaver(self._saver, run.run_id, run.options.metadata, save, history=run.options.history, limit=limit)
 
     async def _drive(self, active: ActiveRun) -> None:
         run = active.run
@@ -161,6 +162,8 @@ class Runner:
             "run_id": run.run_id,
             "deadline": active.deadline,
             "model": run.options.model,
+            "system_prompt": run.options.system_prompt,
+            "tools": run.options.tools,
         }
         if run.options.checkpoint_id:
             configurable |= {"checkpoint_id": run.options.checkpoint_id, "checkpoint_ns": ""}
@@ -214,13 +217,15 @@ class Runner:
         """Record the end, however long Postgres takes to come back: how it ended, and whether another run waits."""
         try:
             batch = saver.batch(final=True)
+        except ThreadTooLarge as error:
+            outcome, batch = Outcome("error", "error", error=describe_failure(error)), Batch()
         except (TypeError, ValueError):  # half a surrogate pair, for one
             outcome, batch = self._without(run, outcome), Batch()
         wait = 0.1
         while True:
             try:
                 with self._metrics.save_seconds.time():
-                    return outcome, await self._ledger.finish(run, batch, outcome)
+                    return outcome, await self._ledger.finish(run, batch, outcome, saver.saved)
             except StorageUnavailable as error:
                 if self._board.closing:
                     raise  # the next start finds the run unfinished and works on it again

@@ -8,8 +8,8 @@ CHANNEL = "agent_runs"
 INSERT: LiteralString = """
 WITH found AS (SELECT owner FROM threads WHERE thread_id = %(thread)s),
 made AS (
-    INSERT INTO threads (thread_id, owner, metadata)
-    SELECT %(thread)s, %(owner)s, %(metadata)s::jsonb WHERE %(create)s AND NOT EXISTS (SELECT FROM found)
+    INSERT INTO threads (thread_id, owner, metadata, bytes)
+    SELECT %(thread)s, %(owner)s, %(metadata)s::jsonb, %(bytes)s WHERE %(create)s AND NOT EXISTS (SELECT FROM found)
     ON CONFLICT DO NOTHING RETURNING owner
 ),
 thread AS (SELECT owner FROM found UNION ALL SELECT owner FROM made),
@@ -85,7 +85,7 @@ WITH mine AS (
 
 NOTIFY: LiteralString = f"""
 t AS (
-    UPDATE threads SET status = coalesce(%s, threads.status), updated_at = now(), last_active = now()
+    UPDATE threads SET status = coalesce(%s, threads.status), updated_at = now(), last_active = now(), bytes = threads.bytes + %s
     FROM mine WHERE threads.thread_id = mine.thread_id
 ),
 told AS (SELECT pg_notify('{CHANNEL}', 'done ' || run_id) FROM mine WHERE watched)

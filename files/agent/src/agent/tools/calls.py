@@ -8,8 +8,8 @@ for it.
 import asyncio
 import logging
 import traceback
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Protocol
 
 import jsonschema  # type: ignore[import-untyped]
 from langchain_core.messages import AIMessage, ToolCall, ToolMessage
@@ -37,6 +37,17 @@ Result = ToolMessage | Command[Any] | list[Any]
 Execute = Callable[[ToolCallRequest], Awaitable[Any]]
 
 
+class Results(Protocol):
+    """What a run keeps of a step that is not done yet. The graph finds it in `configurable` as `results`."""
+
+    @property
+    def results(self) -> Mapping[str, ToolMessage]:
+        """By the call's id."""
+
+    async def keep_result(self, result: ToolMessage) -> None:
+        """Let it survive a cancelled turn and the death of this worker."""
+
+
 class ToolCalls:
     """The step that runs the calls of the model's last message, side by side."""
 
@@ -51,14 +62,18 @@ class ToolCalls:
 
     async def run(self, message: AIMessage, config: RunnableConfig) -> Any:
         refused = ask(message.tool_calls, self._approval)
-        answered = {result.tool_call_id for result in refused}
+        kept: Results | None = config["configurable"].get("results")
+        # Some may have finished before this step was broken off.
+        done = kept.results if kept is not None else {}
+        there = [*refused, *(done[str(call["id"])] for call in message.tool_calls if call["id"] in done)]
+        answered = {result.tool_call_id for result in there}
         allowed = [call for call in message.tool_calls if call["id"] not in answered]
         if not allowed:
-            return {"messages": refused}
+            return {"messages": there}
         results: dict[str, Any] | list[Any] = await self._current_node().ainvoke(allowed, config)
         if isinstance(results, dict):
-            return {"messages": [*refused, *results["messages"]]}
-        return [{"messages": refused}, *results]
+            return {"messages": [*there, *results["messages"]]}
+        return [{"messages": there}, *results]
 
     def _current_node(self) -> ToolNode:
         """LangGraph's ToolNode knows how to hand state, store and runtime to tools that ask for them."""
@@ -74,14 +89,17 @@ class ToolCalls:
         request.runtime.stream_writer({**event, "state": "start"})
         with self._tracing.span("tool", {"tool": call["name"] if request.tool else "unknown"}):
             result = await self._result(request, execute)
+        if isinstance(result, ToolMessage) and (kept := request.runtime.config.get("configurable", {}).get("results")) is not None:
+            await kept.keep_result(result)
         status = result.status if isinstance(result, ToolMessage) else "success"
         request.runtime.stream_writer({**event, "state": "end", "status": status})
         return result
 
     async def _result(self, request: ToolCallRequest, execute: Execute) -> Any:
         call, tool = request.tool_call, request.tool
-        if tool is None:
-            known = ", ".join(self._toolbox.names) or "none"
+        only = request.runtime.config.get("configurable", {}).get("tools")
+        if tool is None or (only is not None and call["name"] not in only):
+            known = ", ".join(name for name in self._toolbox.names if only is None or name in only) or "none"
             return _error(call, f"{call['name'][:MAX_NAME_CHARACTERS]} is not a valid tool. The tools are: {known}.")
         if problem := _schema_problem(tool, call["args"]):
             return _error(call, f"The arguments do not fit. {problem}")
