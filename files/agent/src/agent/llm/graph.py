@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
+import orjson
 from langchain_core.messages import AIMessage, AnyMessage, SystemMessage, ToolMessage
 from langchain_core.runnables import RunnableConfig
 from langchain_core.tools import BaseTool
@@ -22,6 +23,7 @@ from typing_extensions import TypedDict
 from agent.errors import TooManySteps, TurnTimeout
 from agent.llm import context
 from agent.llm.model import ChatModel, ContextOverflow, create_model
+from agent.llm.parameters import client_tools, with_own_tools
 from agent.llm.turn import TURN, Turn
 from agent.settings import Settings
 from agent.tokens import TOKENS_PER_MESSAGE, count_text
@@ -48,7 +50,8 @@ def create_graph(
 
     deadline  when the turn must have ended, on the event loop's clock; without it, turn_timeout_seconds from now
     owner     whose memories the memory tools see
-    model     parameters for the model, such as its temperature, that go before the settings
+    model     parameters for the model, such as its temperature, that go before the settings. `tools` are the client's:
+              the turn ends with the model's calls of them, whose results come with the next
     """
     toolbox = tools if isinstance(tools, Toolbox) else Toolbox(tools)
     steps = Steps(settings, create_model(settings), toolbox, tracing or Tracing())
@@ -88,7 +91,7 @@ class Steps:
                         span.set_attribute("tokens.output", answer.usage_metadata["output_tokens"])
         except TimeoutError:
             raise TurnTimeout from None
-        return {"messages": [answer]}
+        return {"messages": [_for_the_client(answer, config)]}
 
     async def run_tools(self, state: State, config: RunnableConfig) -> Any:
         message = state["messages"][-1]
@@ -99,12 +102,13 @@ class Steps:
             raise TooManySteps("The agent found no answer within the number of tool calls it may make.")
         return await self._tool_calls.run(message, config)
 
-    @staticmethod
-    async def next_step(state: State) -> Literal["tools", "__end__"]:
+    async def next_step(self, state: State, config: RunnableConfig) -> Literal["tools", "__end__"]:
         # Asynchronous, because LangGraph would hand any other function to a thread.
         # Nothing is there where a client removed it and said that this was the model's step.
         message = state["messages"][-1] if state["messages"] else None
-        return "tools" if isinstance(message, AIMessage) and message.tool_calls else "__end__"
+        if not isinstance(message, AIMessage) or not message.tool_calls:
+            return "__end__"
+        return "__end__" if message.tool_calls[0]["name"] in client_tools(config["configurable"].get("model", {})) else "tools"
 
     def _check_tokens(self, turn: Sequence[AnyMessage]) -> None:
         used = sum(message.usage_metadata["total_tokens"] for message in turn if isinstance(message, AIMessage) and message.usage_metadata)
@@ -112,16 +116,16 @@ class Steps:
             raise TooManySteps("The agent found no answer within the number of tokens it may use.")
 
     async def _answer(self, messages: Sequence[AnyMessage], config: RunnableConfig) -> AIMessage:
-        more: dict[str, Any] = dict(config["configurable"].get("model", {}))
-        if len(self._toolbox):
-            more["tools"] = self._toolbox.descriptions
+        parameters: dict[str, Any] = config["configurable"].get("model", {})
+        more = with_own_tools(parameters, self._toolbox.descriptions)
+        theirs = count_text(orjson.dumps(parameters["tools"]).decode()) if "tools" in parameters else 0
         try:
-            return await self._model.ainvoke(self._prompt(messages, self._context_tokens), config, **more)
+            return await self._model.ainvoke(self._prompt(messages, self._context_tokens - theirs), config, **more)
         except ContextOverflow as overflow:
             if overflow.limit and overflow.limit < self._context_tokens:
                 self._context_tokens = overflow.limit
             # The estimate was wrong by some factor: half as much is short enough unless it was wrong by two.
-            smaller = self._prompt(messages, self._context_tokens // 2)
+            smaller = self._prompt(messages, self._context_tokens // 2 - theirs)
             return await self._model.ainvoke(smaller, config, **more)
 
     def _prompt(self, messages: Sequence[AnyMessage], context_tokens: int) -> list[AnyMessage]:
@@ -132,3 +136,12 @@ class Steps:
         if left_out:
             prompt = f"{prompt}\n\n{context.LEFT_OUT}"
         return [SystemMessage(prompt), *fitting]
+
+
+def _for_the_client(answer: AIMessage, config: RunnableConfig) -> AIMessage:
+    """The answer without calls of the agent's own tools beside some of the client's, who is to go on."""
+    if not answer.tool_calls:
+        return answer
+    theirs = client_tools(config["configurable"].get("model", {}))
+    calls = [call for call in answer.tool_calls if call["name"] in theirs]
+    return answer.model_copy(update={"tool_calls": calls}) if calls and len(calls) < len(answer.tool_calls) else answer
