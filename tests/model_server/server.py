@@ -6,12 +6,13 @@ It has no model: the last user message is its script.
     [[tool NAME ARGUMENTS]]   call this tool (several make parallel calls), then answer with its result
     [[loop NAME ARGUMENTS]]   call this tool again and again
     [[delay SECONDS]]         wait before answering; [[pace SECONDS]] wait between the pieces of a stream
+    [[think TEXT]]            think this before the answer
     [[fault KIND]]            an HTTP status, or hang, reset, truncate, garbage, surrogate, overflow
     anything else             is answered with the number of user messages and a quotation of the first one
 
 The last part of the model's path tells how the server itself behaves: `...-slow-SECONDS` is long in starting, `...-dying` ends while it starts,
-`...-dull` answers everything with garbage, `...-blunt` calls no tools. With VLLM_SERVER_DEV_MODE=1 it sleeps and wakes up as vLLM does, and
-takes `...-nap-SECONDS` to fall asleep; asked while it sleeps it fails. Without a name for its user it does not start.
+`...-dull` answers everything with garbage, `...-blunt` calls no tools, `...-seeing` takes images. With VLLM_SERVER_DEV_MODE=1 it sleeps and wakes up as
+vLLM does, and takes `...-nap-SECONDS` to fall asleep; asked while it sleeps it fails. Without a name for its user it does not start.
 `system_fingerprint` in an answer is the name of the model.
 
 With `--nnodes` it is one of several that share a model, as vLLM is: the head starts once all have come to its port, and answers nothing any more when one
@@ -40,7 +41,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-SCRIPT = re.compile(r"\[\[(tool|loop|delay|pace|fault) (.*?)\]\](?!\])", re.DOTALL)
+SCRIPT = re.compile(r"\[\[(tool|loop|delay|pace|think|fault) (.*?)\]\](?!\])", re.DOTALL)
 BUCKETS = (0.001, 0.01, 0.1, 0.3, 1, 2.5, 5, 10, 30, 60, 120)
 TOKEN_BUCKETS = (1, 10, 100, 1000, 10000, 100000)
 HANG_SECONDS = 3600
@@ -299,6 +300,8 @@ class Handler(BaseHTTPRequestHandler):
         if fault and fault not in ("truncate", "surrogate"):
             return self.fail(fault)
 
+        if not self.server.model.endswith("-seeing") and any(has_image(message) for message in messages):
+            return self.refuse(400, f"{self.server.model} is not a multimodal model")
         done = tool_results(messages)
         if body.get("tools") and "Call the tool report_number" in (users or [""])[-1] and not self.server.model.endswith("-blunt"):
             # What vllm_health asks for; a model with tools understands it.
@@ -315,6 +318,10 @@ class Handler(BaseHTTPRequestHandler):
             content = f'I see {len(users)} user {plural}. The first one was: "{users[0] if users else ""}"'
         pieces = re.findall(r"\S+\s*", content or "")
         limit = body.get("max_completion_tokens") or body.get("max_tokens") or len(pieces)
+        thought = wishes.get("think")
+        logprobs = [{"token": piece, "logprob": -0.5, "bytes": list(piece.encode()), "top_logprobs": []} for piece in pieces[:limit]]
+        if not body.get("logprobs"):
+            logprobs = None
         reason = "tool_calls" if calls else "length" if len(pieces) > limit else "stop"
         pieces = pieces[:limit]
         prompt = sum(len(text_of(message).split()) for message in messages)
@@ -329,17 +336,21 @@ class Handler(BaseHTTPRequestHandler):
         if body.get("stream"):
             wants_usage = (body.get("stream_options") or {}).get("include_usage")
             pace = float(wishes.get("pace", 0))
-            self.stream(answer, pieces, tool_calls, reason, usage if wants_usage else None, pace, fault == "truncate")
+            self.stream(answer, thought, pieces, logprobs, tool_calls, reason, usage if wants_usage else None, pace, fault == "truncate")
         else:
             message = {"role": "assistant", "content": None if calls else "".join(pieces), "tool_calls": tool_calls}
-            choice = {"index": 0, "message": message, "finish_reason": reason, "logprobs": None}
+            if thought:
+                message["reasoning_content"] = thought
+            choice = {"index": 0, "message": message, "finish_reason": reason, "logprobs": {"content": logprobs} if logprobs else None}
             answer |= {"object": "chat.completion", "choices": [choice], "usage": usage}
             self.reply_json(200, answer, truncated=fault == "truncate")
         self.count(usage, "length" if reason == "length" else "stop", time.monotonic() - started)
         return None
 
-    def stream(self, answer, pieces, tool_calls, reason, usage, pace, truncated):
+    def stream(self, answer, thought, pieces, logprobs, tool_calls, reason, usage, pace, truncated):
         deltas = [{"role": "assistant", "content": ""}]
+        deltas += [{"reasoning_content": piece} for piece in re.findall(r"\S+\s*", thought or "")]
+        spoken = len(deltas)
         deltas += [{"content": piece} for piece in pieces]
         for index, call in enumerate(tool_calls):
             arguments = call["function"]["arguments"]
@@ -354,8 +365,9 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         answer = answer | {"object": "chat.completion.chunk"}
-        for delta in deltas:
-            self.event(answer | {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
+        for number, delta in enumerate(deltas):
+            told = logprobs[number - spoken : number - spoken + 1] if logprobs and number >= spoken else []
+            self.event(answer | {"choices": [{"index": 0, "delta": delta, "finish_reason": None, "logprobs": {"content": told} if told else None}]})
             time.sleep(pace)
         if truncated:
             return self.cut()
@@ -438,6 +450,11 @@ def text_of(message):
     if isinstance(content, str):
         return content
     return "".join(part.get("text", "") for part in content)
+
+
+def has_image(message):
+    content = message.get("content")
+    return isinstance(content, list) and any(part.get("type") == "image_url" for part in content)
 
 
 def tool_results(messages):

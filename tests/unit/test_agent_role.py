@@ -89,6 +89,7 @@ REFUSED: list[tuple[dict[str, object], str]] = [
     ({"agent_storage_mib": "lots"}, 'agent_storage_mib is "lots"; allowed is a whole number from 0'),
     ({"agent_thread_mib": 0}, 'agent_thread_mib is "0"; allowed is a whole number from 1 to 64'),
     ({"agent_rate_limit": "200000/minute"}, 'agent_rate_limit is "200000/minute"; allowed is a count and a period, COUNT/PERIOD, such as 60/minute'),
+    ({"agent_openai_body_kib": 63}, "agent_openai_body_kib is 63; allowed is a whole number from 64 to 65536"),
     ({"agent_system_prompt": " \n"}, 'agent_system_prompt is " \\n"; allowed is 1 to 20000 characters, not all of them white space'),
     ({"agent_searxng_url": "http://search:99999"}, 'agent_searxng_url is "http://search:99999"; allowed is an http or https URL'),
     ({"agent_otlp_endpoint": None}, 'agent_otlp_endpoint is "None"; allowed is an http or https URL'),

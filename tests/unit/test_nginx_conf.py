@@ -107,6 +107,7 @@ def render(name: str, directory: Path, upstream: int, **values: Any) -> str:
         "nginx_certbot_requests_per_second": 1000,
         "nginx_certbot_connections_per_client": 100,
         "nginx_certbot_read_timeout_seconds": 120,
+        "__nginx_certbot_openai_body_kib": 128,
         "__nginx_certbot_curves": ["X25519", "prime256v1"],
         "__nginx_certbot_ipv6": {"stat": {"exists": False}},
         "__nginx_certbot_http2_directive": False,
@@ -276,6 +277,21 @@ def test_the_largest_body(edge: Edge, headers: dict[str, str]) -> None:
     assert edge.ask("/chat", headers, b"x" * 65536)[1]["received"] == 65536
     status, body = edge.ask("/chat", headers, b"x" * 65537)
     assert (status, body["error"]["code"]) == (413, "http_413")
+
+
+@pytest.mark.parametrize("headers", [{"Authorization": BASIC}, {"X-Api-Key": KEY}])
+def test_the_largest_conversation(edge: Edge, headers: dict[str, str]) -> None:
+    path = "/openai/v1/chat/completions"
+    assert edge.ask(path, headers, b"x" * 131_072)[1]["received"] == 131_072
+    status, body = edge.ask(path, headers, b"x" * 131_073)
+    assert (status, body["error"]["code"], body["error"]["type"]) == (400, "context_length_exceeded", "invalid_request_error")
+    assert "128 KiB" in body["error"]["message"]
+
+
+def test_nginx_and_the_agent_take_the_same_by_default() -> None:
+    [default] = re.findall(r"agent_openai_body_kib \| default\((\d+)\)", (ROLE / "vars" / "main.yml").read_text())
+    [agents] = re.findall(r"(?m)^agent_openai_body_kib: (\d+)$", (ROLE.parent / "agent" / "defaults" / "main.yml").read_text())
+    assert default == agents
 
 
 @pytest.mark.parametrize("path", ["/chat/stream", "/threads/a/runs/stream", "/runs/stream"])

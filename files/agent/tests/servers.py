@@ -207,14 +207,15 @@ class Redis(Process):
 
 
 class Model(Process):
-    def __init__(self, api_key: str = "") -> None:
+    def __init__(self, api_key: str = "", name: str = "some/model") -> None:
         super().__init__()
         self.api_key = api_key
+        self.name = name
         self.url = f"http://127.0.0.1:{self.port}"
         self.start()
 
     def command(self) -> list[str]:
-        arguments = ["serve", "some/model", "--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32"]
+        arguments = ["serve", self.name, "--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32"]
         key = ["--api-key", self.api_key] if self.api_key else []
         return [sys.executable, str(MODEL_SERVER), *arguments, "--served-model-name", "agent-model", *key]
 

@@ -345,13 +345,21 @@ class TestStreams:
 
 class TestReasoning:
     @pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
-    def test_it_is_dropped(self, name: str) -> None:
+    def test_it_stands_beside_the_answer(self, name: str) -> None:
         answer = run(
             always(http(completion({"content": "4", name: "two and two"}))),
             lambda server: model(server.url).ainvoke(ASK),
         )
         assert answer.text == "4"
-        assert "two and two" not in answer.model_dump_json()
+        assert answer.additional_kwargs == {"reasoning_content": "two and two"}
+
+    def test_the_model_is_not_shown_it_again(self) -> None:
+        async def use(server: Server) -> dict[str, Any]:
+            await model(server.url).ainvoke([*ASK, AIMessage("4", additional_kwargs={"reasoning_content": "two and two"}), *ASK])
+            return server.requests[-1]
+
+        sent = run(always(http(completion({"content": "4"}))), use)
+        assert sent["messages"][2] == {"role": "assistant", "content": "4"}
 
     @pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
     def test_a_stream_tells_once_that_the_model_thinks(self, name: str) -> None:
@@ -362,8 +370,8 @@ class TestReasoning:
             return await collect(model(server.url))
 
         chunks = run(always(SSE_HEAD + chunked(*events({name: "two"}, {name: "and"}, {"content": "4"}))), use)
-        assert "two" not in str(chunks)
         assert total(chunks).text == "4"
+        assert total(chunks).additional_kwargs == {"reasoning_content": "twoand"}
         assert told == [{"type": "status", "state": "thinking"}]
 
 

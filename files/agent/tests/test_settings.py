@@ -77,6 +77,7 @@ def test_secrets_do_not_show(environ: dict[str, str]) -> None:
         ("AGENT_TURN_TIMEOUT_SECONDS", "inf", "a number of seconds from 1 to 3600"),
         ("AGENT_TURN_TIMEOUT_SECONDS", "0", "a number of seconds from 1 to 3600"),
         ("AGENT_RECURSION_LIMIT", "1", "a whole number from 2 to 200"),
+        ("AGENT_OPENAI_BODY_KIB", "63", "from 64 to 65536"),
         ("AGENT_RATE_LIMIT", "lots", "COUNT/PERIOD"),
         ("AGENT_RATE_LIMIT", "", "COUNT/PERIOD"),
         ("AGENT_RATE_LIMIT", "0/minute", "COUNT/PERIOD"),

@@ -144,6 +144,12 @@ class ConversationTooLong(ServiceError):
     message = "The conversation no longer fits the model. Send a shorter message or start a new thread."
 
 
+class CannotSee(ServiceError):
+    status = 422
+    code = "model_cannot_see"
+    message = "The model that serves cannot see images. Send text alone."
+
+
 class TooManySteps(ServiceError):
     status = 422
     code = "too_many_steps"

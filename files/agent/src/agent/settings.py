@@ -224,6 +224,12 @@ class Settings(PostgresSettings):
     turn_tool_calls: int = _whole(32, 1, 1000, "Tool calls that one turn may make.")
     recursion_limit: int = _whole(25, 2, 200, "Steps that one turn may take. Two are a call of the model and of its tools.")
     max_message_chars: int = _whole(16_000, 1, 60_000, "Longest message, in characters.")
+    openai_body_kib: int = _whole(
+        2048,
+        64,
+        65_536,
+        "Longest body of a request below `/openai/v1`, whose clients send the whole conversation each time, in KiB. nginx has the same limit.",
+    )
     rate_limit: Rate = _setting(
         "60/minute",
         doc="Turns that each user or API key may start, as `COUNT/second`, `COUNT/minute`, `COUNT/hour`, `COUNT/day`"

@@ -68,9 +68,9 @@ async def chat(request: Request) -> Response:
 async def chat_stream(request: Request) -> Response:
     """Give the agent a message and be told as the answer comes about.
 
-    Events: `run` {run_id, thread_id}, `token` {text}, `tool` {name, id, state, status}, `status` {state}, `usage`, and
-    at the end `error` {code, message, retry_after} or `end` {response}. After `status` {"state": "restarted"} the text
-    since the last tool comes anew.
+    Events: `run` {run_id, thread_id}, `token` {text}, `reasoning` {text}, `tool` {name, id, state, status}, `status`
+    {state}, `usage`, and at the end `error` {code, message, retry_after} or `end` {response}. After `status` {"state":
+    "restarted"} the text since the last tool comes anew.
     """
     asked = await _read(request)
     run = await _submit(request, asked, RunOptions(stream=("tokens", "tools"), resumable=True, history="turn"))
@@ -97,7 +97,7 @@ async def _events(followers: Followers, caller: str, run: Run, after: int) -> As
     async with aclosing(followers.events(caller, run.run_id, after)) as events:
         async for event in events:
             match event.event:
-                case "token" | "tool" | "status" | "usage":
+                case "token" | "reasoning" | "tool" | "status" | "usage":
                     yield sse(event.event, event.data, str(event.id))
                 case "error":
                     failed = True

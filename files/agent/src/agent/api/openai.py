@@ -22,7 +22,7 @@ from agent.api.answers import EVENTS, Attended, Json, event_stream
 from agent.api.assistants import STARTED
 from agent.api.openai_answers import Answering
 from agent.api.openai_errors import MODEL, ModelNotFound
-from agent.api.openai_messages import messages_of, parameters_of
+from agent.api.openai_messages import conversation_of, metadata_of, new_messages, parameters_of
 from agent.api.openai_schemas import Completed, Completion, Model, Models
 from agent.api.requests import JsonRoute, TurnId, owner
 from agent.api.schemas import THREAD_ID
@@ -38,7 +38,15 @@ LONGEST_RETRY_SECONDS = 3600.0
 # A client's clock starts a moment before the request is here.
 EARLY_SECONDS = 0.5
 
-router = APIRouter(prefix=PREFIX, tags=["openai"], route_class=JsonRoute)
+
+class ConversationRoute(JsonRoute):
+    """Its clients send the whole conversation each time."""
+
+    def most_bytes(self, request: Request) -> int:
+        return services(request).settings.openai_body_kib * 1024
+
+
+router = APIRouter(prefix=PREFIX, tags=["openai"], route_class=ConversationRoute)
 
 ModelPath = Annotated[str, Path(max_length=64)]
 ThreadHeader = Annotated[str | None, Header(alias="X-Thread-Id", pattern=THREAD_ID)]
@@ -68,7 +76,7 @@ async def list_models() -> Json:
 
 @router.get("/models/{model}", response_model=Model, responses={404: {}})
 async def get_model(model: ModelPath) -> Json:
-    _check_model(model)
+    check_model(model)
     return Json(_model())
 
 
@@ -83,33 +91,33 @@ async def get_model(model: ModelPath) -> Json:
 async def complete(request: Request, asked: Completion, thread_id: ThreadHeader = None, turn_id: TurnId = None) -> Response:
     """Ask the agent. With X-Thread-Id only the last question is sent, to that thread, which remembers the rest."""
     started = time.monotonic()
-    _check_model(asked.model)
+    check_model(asked.model)
     settings = services(request).settings
-    given = messages_of(asked, settings.max_message_chars)
-    sending = await _sending(request, thread_id, turn_id)
+    given = conversation_of(asked, settings.max_message_chars, settings.context_tokens)
+    sending = await read_sending(request, thread_id, turn_id)
     options = RunOptions(
         stream=("messages",) if asked.stream else ("updates",),
         waited=True,
         on_completion="keep" if thread_id else "delete",
         model=parameters_of(asked, settings.max_tokens),
-        metadata={**(asked.metadata or {}), **({"user": asked.user} if asked.user else {})},
+        metadata=metadata_of(asked),
         request=sending.request,
     )
-    known = await _sent_before(request, thread_id, sending)
+    known = await find_sent_before(request, thread_id, sending)
     if known is not None and not is_worth_another_try(known):
         known.created = False
         run = known
     else:
-        run = await submit(request, thread_id, {"messages": given[-1:] if thread_id else given}, options, known=known, turn_id=turn_id)
+        run = await submit(request, thread_id, {"messages": new_messages(given) if thread_id else given}, options, known=known, turn_id=turn_id)
     answering = Answering(services(request).followers, run)
-    gone = _canceller(request, run, sending, started) if (run.created or known) and not thread_id else None
+    gone = patient_canceller(request, run, sending, started) if (run.created or known) and not thread_id else None
     if asked.stream:
         with_usage = asked.stream_options is not None and asked.stream_options.include_usage
-        return event_stream(answering.chunks(with_usage=with_usage), on_disconnect=gone)
+        return event_stream(answering.chunks(with_usage=bool(with_usage)), on_disconnect=gone)
     return Attended(answering.answer, gone)
 
 
-async def _sending(request: Request, thread_id: str | None, turn_id: str | None) -> Sending:
+async def read_sending(request: Request, thread_id: str | None, turn_id: str | None) -> Sending:
     """How the request is sent. One with an Idempotency-Key says itself what it repeats."""
     retry = request.headers.get("X-Stainless-Retry-Count", "")
     if turn_id or not _is_number(retry):
@@ -124,14 +132,14 @@ def _is_number(text: str) -> bool:
     return text.isascii() and text.isdecimal() and len(text) <= 9
 
 
-async def _sent_before(request: Request, thread_id: str | None, sending: Sending) -> Run | None:
+async def find_sent_before(request: Request, thread_id: str | None, sending: Sending) -> Run | None:
     """The run that an earlier try of this request began, if one came here."""
     if not sending.retry:
         return None
     return await services(request).engine.find_retried(owner(request), thread_id, sending.request, sending.retry, sending.window)
 
 
-def _canceller(request: Request, run: Run, sending: Sending, started: float) -> Callable[[], Awaitable[None]]:
+def patient_canceller(request: Request, run: Run, sending: Sending, started: float) -> Callable[[], Awaitable[None]]:
     """What stops a run when its client goes away: at once, or later where the client will most likely ask again."""
     cancel = canceller(request, run)
 
@@ -148,6 +156,6 @@ def _model() -> dict[str, Any]:
     return {"id": MODEL, "object": "model", "created": int(STARTED.timestamp()), "owned_by": "agent"}
 
 
-def _check_model(name: str) -> None:
+def check_model(name: str) -> None:
     if name != MODEL:
         raise ModelNotFound

@@ -13,6 +13,7 @@ MODEL = "agent"
 LONGEST_WAIT_SECONDS = 60
 # Statuses of the model server that are about the request, and not about who sends it or where to.
 ABOUT_THE_REQUEST = frozenset({400, 413, 415, 422})
+TOO_LARGE = "The request is larger than the service takes. Send a shorter conversation."
 REFUSED = "The model server refused the request: it takes no such message or parameter."
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 CODES = {
@@ -73,5 +74,9 @@ def describe(error: ServiceError) -> dict[str, Any]:
     status = status_of(error)
     kind = "server_error" if status >= 500 else TYPES.get(status, "invalid_request_error")
     param = error.param if isinstance(error, NotSupported) else None
-    message = REFUSED if error.refused in ABOUT_THE_REQUEST else error.message
+    message = error.message
+    if error.refused in ABOUT_THE_REQUEST:
+        message = REFUSED
+    elif isinstance(error, BodyTooLarge):
+        message = TOO_LARGE
     return {"error": {"message": message, "type": kind, "param": param, "code": CODES.get(error.code, error.code)}}

@@ -19,7 +19,8 @@ REFERENCE = "#/components/schemas/{model}"
 DESCRIPTION = (
     "A LangGraph agent. `/chat` is the short way to talk to it; `/assistants`, `/threads`, `/runs` and `/store` are "
     f"the part of the LangGraph server API that its clients need; `{OPENAI}` is for clients of OpenAI's API. Bodies "
-    "are JSON of at most 64 KiB, 64 levels deep, without the character NUL. Whatever is not described is refused."
+    "are JSON of at most 64 KiB, for OpenAI's clients of as much as the operator allows, 64 levels deep, without the "
+    "character NUL. Whatever is not described is refused."
 )
 SECURITY: dict[str, Any] = {
     "key": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},

@@ -35,9 +35,11 @@ NOT_SUPPORTED = {
     **{
         name: name
         for name in (
-            "audio", "function_call", "functions", "logit_bias", "modalities", "parallel_tool_calls", "prediction",
-            "reasoning_effort", "response_format", "service_tier", "tool_choice", "tools", "top_logprobs", "verbosity",
-            "web_search_options",
+            "add_generation_prompt", "add_special_tokens", "audio", "best_of", "chat_template", "continue_final_message", "documents", "echo",
+            "function_call", "functions", "guided_choice", "guided_decoding_backend", "guided_grammar", "guided_json", "guided_regex",
+            "include_stop_str_in_output", "kv_transfer_params", "length_penalty", "logits_processors", "mm_processor_kwargs", "modalities",
+            "moderation", "priority", "prompt_logprobs", "return_token_ids", "return_tokens_as_token_ids", "truncate_prompt_tokens",
+            "use_beam_search", "verbosity", "vllm_xargs", "web_search_options",
         )
     },
 }  # fmt: skip
@@ -56,10 +58,10 @@ TurnId = Annotated[
 class JsonRequest(Request):
     """A request whose body was read and parsed before the route looks at it."""
 
-    async def load(self) -> None:
+    async def load(self, most_bytes: int) -> None:
         if self.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
             raise UnsupportedMediaType
-        self._body = await read_body(self)
+        self._body = await read_body(self, most_bytes)
         self._value = parse(self._body)
 
     async def body(self) -> bytes:
@@ -72,6 +74,10 @@ class JsonRequest(Request):
 class JsonRoute(APIRoute):
     """A route of FastAPI's that checks more than FastAPI would, which takes any size, any depth, NaN and any query."""
 
+    def most_bytes(self, request: Request) -> int:
+        """How long the body may be."""
+        return MAX_BODY_BYTES
+
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
         known = {field.alias for field in self.dependant.query_params}
@@ -81,7 +87,7 @@ class JsonRoute(APIRoute):
                 raise _not_supported(name) if name in NOT_SUPPORTED else InvalidRequest("query: has an unknown field.")
             if self.body_field is not None:
                 loaded = JsonRequest(request.scope, request.receive)
-                await loaded.load()
+                await loaded.load(self.most_bytes(request))
                 request = loaded
             return await handle(request)
 
@@ -93,14 +99,14 @@ def owner(request: Request) -> str:
     return str(request.state.principal.name)
 
 
-async def read_body(request: Request) -> bytes:
+async def read_body(request: Request, most_bytes: int = MAX_BODY_BYTES) -> bytes:
     length = request.headers.get("Content-Length", "")
-    if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:
+    if length.isdecimal() and int(length[:20]) > most_bytes:
         raise BodyTooLarge
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
-        if len(body) > MAX_BODY_BYTES:
+        if len(body) > most_bytes:
             raise BodyTooLarge
     return bytes(body)
 

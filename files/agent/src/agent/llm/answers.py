@@ -1,7 +1,7 @@
 """The model's answers, read: whole ones, and streams of pieces."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
@@ -14,13 +14,16 @@ from agent.llm.turn import TURN
 from agent.wire import BrokenError, TooLargeError
 
 MAX_ANSWER_BYTES = 16 << 20
+REASONING = "reasoning_content"
 
 
 class Refused(Exception):
     """The server answered with an error."""
 
-    def __init__(self, status: int, text: str = "", retry_after: float | None = None) -> None:
+    def __init__(self, status: int, text: str = "", retry_after: float | None = None, *, images: bool = False) -> None:
         super().__init__(f"status {status}")
+        # Whether the request had any.
+        self.images = images
         self.status = status
         self.text = text
         self.retry_after = retry_after
@@ -36,13 +39,17 @@ def read_message(body: bytes) -> AIMessage:
         choice = answer["choices"][0]
         sent = choice["message"]
         text = _text(sent.get("content"))
+        metadata = _metadata(answer.get("model"), choice.get("finish_reason"))
+        if choice.get("logprobs"):
+            metadata["logprobs"] = choice["logprobs"]
         calls = [_Call(call.get("id"), call["function"]["name"], call["function"].get("arguments")) for call in sent.get("tool_calls") or ()]
         return AIMessage(
             content=text,
+            additional_kwargs=_thought(_reasoning(sent)),
             id=f"lc_run--{uuid4()}",
             tool_calls=_tool_calls(calls),
             usage_metadata=_usage(answer.get("usage")),
-            response_metadata=_metadata(answer.get("model"), choice.get("finish_reason")),
+            response_metadata=metadata,
         )
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise Garbage from error
@@ -57,8 +64,24 @@ class _Call:
     arguments: str | None = ""
 
 
+@dataclass(slots=True)
+class Piece:
+    """What came of an answer at once."""
+
+    text: str = ""
+    reasoning: str = ""
+    logprobs: list[Any] = field(default_factory=list)
+
+    def chunk(self) -> AIMessageChunk:
+        metadata = {"logprobs": {"content": self.logprobs}} if self.logprobs else {}
+        return AIMessageChunk(content=self.text, additional_kwargs=_thought(self.reasoning), response_metadata=metadata)
+
+    def __bool__(self) -> bool:
+        return bool(self.text or self.reasoning or self.logprobs)
+
+
 class AnswerStream:
-    """Reads server-sent events: text as it comes, everything else once it is complete."""
+    """Reads server-sent events: text and reasoning as they come, everything else once it is complete."""
 
     def __init__(self) -> None:
         self.ended = False
@@ -70,13 +93,13 @@ class AnswerStream:
         self._model: Any = None
         self._usage: Any = None
 
-    def feed(self, data: bytes) -> str:
-        """Take what the network delivered and return the text in it."""
+    def feed(self, data: bytes) -> Piece:
+        """Take what the network delivered and return what is new in it."""
         self._received += len(data)
         if self._received > MAX_ANSWER_BYTES:
             raise TooLargeError
         *lines, self._rest = (self._rest + data).split(b"\n")
-        texts = []
+        piece = Piece()
         for line in lines:
             if line.startswith(b"data:") and not self.ended:  # the others are comments, event names and empty
                 value = line[5:].strip()
@@ -84,12 +107,12 @@ class AnswerStream:
                     self.ended = True
                 else:
                     try:
-                        texts.append(self._event(orjson.loads(value)))
+                        self._event(orjson.loads(value), piece)
                     except (ValueError, LookupError, TypeError, AttributeError) as error:
                         raise Garbage from error
-        return "".join(texts)
+        return piece
 
-    def _event(self, event: dict[str, Any]) -> str:
+    def _event(self, event: dict[str, Any], piece: Piece) -> None:
         if error := event.get("error"):
             code = error.get("code") if isinstance(error, dict) else None
             raise Refused(code if isinstance(code, int) else 500, str(error))
@@ -97,20 +120,24 @@ class AnswerStream:
         self._model = event.get("model") or self._model
         choices = event.get("choices")
         if not choices:
-            return ""
+            return
         self._finish_reason = choices[0].get("finish_reason") or self._finish_reason
         delta = choices[0].get("delta") or {}
-        for position, piece in enumerate(delta.get("tool_calls") or ()):
-            call = self._calls.setdefault(int(piece.get("index", position)), _Call())
-            function = piece.get("function") or {}
-            call.id = piece.get("id") or call.id
+        for position, part in enumerate(delta.get("tool_calls") or ()):
+            call = self._calls.setdefault(int(part.get("index", position)), _Call())
+            function = part.get("function") or {}
+            call.id = part.get("id") or call.id
             call.name += function.get("name") or ""
             call.arguments = (call.arguments or "") + (function.get("arguments") or "")
-        if not self._thinking and (delta.get("reasoning_content") or delta.get("reasoning")):
-            self._thinking = True
-            if turn := TURN.get():
-                turn.notify({"type": "status", "state": "thinking"})
-        return _text(delta.get("content"))
+        if thought := _reasoning(delta):
+            piece.reasoning += thought
+            if not self._thinking:
+                self._thinking = True
+                if turn := TURN.get():
+                    turn.notify({"type": "status", "state": "thinking"})
+        if choices[0].get("logprobs"):
+            piece.logprobs += choices[0]["logprobs"].get("content") or ()
+        piece.text += _text(delta.get("content"))
 
     def last_chunk(self) -> AIMessageChunk:
         """What is known at the end: the tool calls, the usage, and why the model stopped."""
@@ -139,6 +166,16 @@ def _text(content: Any) -> str:
     if not isinstance(content, str):
         raise TypeError("content is no text")
     return content.replace("\0", "")  # which Postgres could not store
+
+
+def _reasoning(sent: dict[str, Any]) -> str:
+    """What the model thought, under the name of the server's release."""
+    return _text(sent.get("reasoning_content") or sent.get("reasoning"))
+
+
+def _thought(reasoning: str) -> dict[str, Any]:
+    """Where LangChain's clients look for it. It is told and kept, and the model is not shown it again."""
+    return {REASONING: reasoning} if reasoning else {}
 
 
 def _tool_calls(calls: Sequence[_Call]) -> list[ToolCall]:

@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
+import orjson
 from langchain_core.messages import AIMessage, AnyMessage, SystemMessage, ToolMessage
 from langchain_core.runnables import RunnableConfig
 from langchain_core.tools import BaseTool
@@ -22,6 +23,7 @@ from typing_extensions import TypedDict
 from agent.errors import TooManySteps, TurnTimeout
 from agent.llm import context
 from agent.llm.model import ChatModel, ContextOverflow, create_model
+from agent.llm.parameters import client_tools, with_own_tools
 from agent.llm.turn import TURN, Turn
 from agent.settings import Settings
 from agent.tokens import TOKENS_PER_MESSAGE, count_text
@@ -48,7 +50,8 @@ def create_graph(
 
     deadline  when the turn must have ended, on the event loop's clock; without it, turn_timeout_seconds from now
     owner     whose memories the memory tools see
-    model     parameters for the model, such as its temperature, that go before the settings
+    model     parameters for the model, such as its temperature, that go before the settings. `tools` are the client's:
+              the turn ends with the model's calls of them, whose results come with the next
     system_prompt, tools  an assistant's own prompt, which follows the service's, and the names of the only tools that it may use
     """
     toolbox = tools if isinstance(tools, Toolbox) else Toolbox(tools)
@@ -89,7 +92,7 @@ class Steps:
                         span.set_attribute("tokens.output", answer.usage_metadata["output_tokens"])
         except TimeoutError:
             raise TurnTimeout from None
-        return {"messages": [answer]}
+        return {"messages": [_for_the_client(answer, config)]}
 
     async def run_tools(self, state: State, config: RunnableConfig) -> Any:
         message = state["messages"][-1]
@@ -100,12 +103,13 @@ class Steps:
             raise TooManySteps("The agent found no answer within the number of tool calls it may make.")
         return await self._tool_calls.run(message, config)
 
-    @staticmethod
-    async def next_step(state: State) -> Literal["tools", "__end__"]:
+    async def next_step(self, state: State, config: RunnableConfig) -> Literal["tools", "__end__"]:
         # Asynchronous, because LangGraph would hand any other function to a thread.
         # Nothing is there where a client removed it and said that this was the model's step.
         message = state["messages"][-1] if state["messages"] else None
-        return "tools" if isinstance(message, AIMessage) and message.tool_calls else "__end__"
+        if not isinstance(message, AIMessage) or not message.tool_calls:
+            return "__end__"
+        return "__end__" if message.tool_calls[0]["name"] in client_tools(config["configurable"].get("model", {})) else "tools"
 
     def _check_tokens(self, turn: Sequence[AnyMessage]) -> None:
         used = sum(message.usage_metadata["total_tokens"] for message in turn if isinstance(message, AIMessage) and message.usage_metadata)
@@ -113,19 +117,19 @@ class Steps:
             raise TooManySteps("The agent found no answer within the number of tokens it may use.")
 
     async def _answer(self, messages: Sequence[AnyMessage], config: RunnableConfig) -> AIMessage:
-        more: dict[str, Any] = dict(config["configurable"].get("model", {}))
-        if len(self._toolbox):
-            only = config["configurable"].get("tools")
-            offered = [tool for tool in self._toolbox.descriptions if only is None or tool["function"]["name"] in only]
-            more |= {"tools": offered} if offered else {}
-        own = config["configurable"].get("system_prompt")
+        configurable = config["configurable"]
+        parameters: dict[str, Any] = configurable.get("model", {})
+        only, own = configurable.get("tools"), configurable.get("system_prompt")
+        offered = [tool for tool in self._toolbox.descriptions if only is None or tool["function"]["name"] in only]
+        more = with_own_tools(parameters, offered)
+        theirs = count_text(orjson.dumps(parameters["tools"]).decode()) if "tools" in parameters else 0
         try:
-            return await self._model.ainvoke(self._prompt(messages, self._context_tokens, own), config, **more)
+            return await self._model.ainvoke(self._prompt(messages, self._context_tokens - theirs, own), config, **more)
         except ContextOverflow as overflow:
             if overflow.limit and overflow.limit < self._context_tokens:
                 self._context_tokens = overflow.limit
             # The estimate was wrong by some factor: half as much is short enough unless it was wrong by two.
-            smaller = self._prompt(messages, self._context_tokens // 2, own)
+            smaller = self._prompt(messages, self._context_tokens // 2 - theirs, own)
             return await self._model.ainvoke(smaller, config, **more)
 
     def _prompt(self, messages: Sequence[AnyMessage], context_tokens: int, own: str | None) -> list[AnyMessage]:
@@ -136,3 +140,12 @@ class Steps:
         if left_out:
             prompt = f"{prompt}\n\n{context.LEFT_OUT}"
         return [SystemMessage(prompt), *context.alternating(fitting)]
+
+
+def _for_the_client(answer: AIMessage, config: RunnableConfig) -> AIMessage:
+    """The answer without calls of the agent's own tools beside some of the client's, who is to go on."""
+    if not answer.tool_calls:
+        return answer
+    theirs = client_tools(config["configurable"].get("model", {}))
+    calls = [call for call in answer.tool_calls if call["name"] in theirs]
+    return answer.model_copy(update={"tool_calls": calls}) if calls and len(calls) < len(answer.tool_calls) else answer

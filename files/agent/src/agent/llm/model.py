@@ -6,8 +6,8 @@ returns the same messages. What differs:
 - A server that is away is waited for (the hold), because a model that is being swapped is back within a minute.
 - A request is repeated once at most, and only before the first token: nobody sees half an answer twice.
 - Pieces of a stream that arrive together are handed on together, so that a fast model costs no more than a slow one.
-- What a model thinks before it answers (reasoning) is dropped: it would fill threads and context windows, and
-  nothing downstream needs it. A status event tells that it is thinking.
+- What a model thinks before it answers (reasoning) stands beside its answer, and the model is not shown it again: it
+  would fill the context window. A status event tells that it is thinking.
 """
 
 import asyncio
@@ -20,13 +20,13 @@ from typing import Any
 import orjson
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun
 from langchain_core.language_models import LanguageModelInput
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import RunnableConfig
 from langchain_openai import ChatOpenAI
 from pydantic import PrivateAttr, SecretStr
 
-from agent.errors import ConversationTooLong, ModelFailed, ModelUnavailable, ServiceError
+from agent.errors import CannotSee, ConversationTooLong, ModelFailed, ModelUnavailable, ServiceError
 from agent.llm import answers
 from agent.llm.answers import AnswerStream, Garbage, Refused, read_message
 from agent.llm.turn import TURN
@@ -39,8 +39,11 @@ MAX_ERROR_BYTES = 1 << 16
 RETRY_SECONDS = 0.1
 FIRST_WAIT_SECONDS = 0.25
 LONGEST_WAIT_SECONDS = 2.0
+# Of a message's additional_kwargs, what the model is not shown again.
+SHOWN_ONCE = frozenset({answers.REASONING})
 AWAY = frozenset({429, 502, 503, 504})
-REFUSED_AS_TOO_LONG = frozenset({400, 413, 422})
+REFUSED_FOR_ITS_CONTENT = frozenset({400, 413, 422})
+NO_IMAGES = re.compile(r"image|multi-?modal|vision", re.IGNORECASE)
 TOO_LONG = re.compile(
     r"context[ _](length|window|size)|maximum model length|(prompt|input|request)\b.{0,40}\btoo (long|large)"
     r"|too many (input )?tokens|input tokens exceed",
@@ -118,12 +121,12 @@ class ChatModel(ChatOpenAI):
                 async with await self._post(body, patience) as answer:
                     stream = AnswerStream()
                     async for data in answer.chunks():
-                        text = stream.feed(data)
-                        if text:
+                        piece = stream.feed(data)
+                        if piece:
                             patience.started = True
-                            chunk = ChatGenerationChunk(message=AIMessageChunk(content=text))
+                            chunk = ChatGenerationChunk(message=piece.chunk())
                             if run_manager:
-                                await run_manager.on_llm_new_token(text, chunk=chunk)
+                                await run_manager.on_llm_new_token(piece.text, chunk=chunk)
                             yield chunk
                         if stream.ended:
                             break
@@ -152,7 +155,7 @@ class ChatModel(ChatOpenAI):
             except WireError:
                 text = ""
         wait = answer.headers.get("retry-after", "")
-        raise Refused(answer.status, text, float(wait) if wait.isdecimal() else None)
+        raise Refused(answer.status, text, float(wait) if wait.isdecimal() else None, images=b'"image_url"' in body)
 
     def _body(self, messages: Sequence[BaseMessage], parameters: Mapping[str, Any]) -> bytes:
         payload = {**self._parameters, **parameters, "messages": [_to_wire(self, message) for message in messages]}
@@ -216,11 +219,13 @@ class _Patience:
 
 def _failure(error: Exception) -> ServiceError:
     match error:
-        case Refused(status=status, text=text) if status in REFUSED_AS_TOO_LONG and TOO_LONG.search(text):
+        case Refused(status=status, text=text) if status in REFUSED_FOR_ITS_CONTENT and TOO_LONG.search(text):
             limit = SERVER_LIMIT.search(text)
             return ContextOverflow(int(limit[1]) if limit else None)
         case Refused(status=status) if status >= 500 or status == 429:
             return ModelUnavailable()
+        case Refused(images=True, text=text, status=status) if status in REFUSED_FOR_ITS_CONTENT and NO_IMAGES.search(text):
+            return CannotSee()
         case Refused(status=status) if 400 <= status < 500:
             return ModelFailed(refused=status)
         case ConnectError() | BrokenError():
@@ -232,7 +237,7 @@ def _failure(error: Exception) -> ServiceError:
 def _to_wire(model: ChatModel, message: BaseMessage) -> dict[str, Any]:
     """A message as the server expects it; ChatOpenAI's own conversion costs ten times as much."""
     content = message.content
-    if isinstance(content, str) and not message.additional_kwargs and message.name is None:
+    if isinstance(content, str) and message.additional_kwargs.keys() <= SHOWN_ONCE and message.name is None:
         if isinstance(message, HumanMessage):
             return {"role": "user", "content": content}
         if isinstance(message, SystemMessage):

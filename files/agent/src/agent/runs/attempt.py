@@ -60,7 +60,7 @@ class Attempt:
         self._usage: dict[str, int] | None = None
         # The message that the model is writing, as far as it was told.
         self._writing: str | None = None
-        self._written = ""
+        self._written = self._thought = ""
 
     async def work(self) -> Outcome:
         """Drive the graph to the end. Raises ServiceError where there is no answer."""
@@ -95,8 +95,19 @@ class Attempt:
         if self._writing is not None and self._writing not in {message.id for message in messages}:
             # Broken off before the model could say what it cost, but its client has read it.
             shown = sum(count(message) for message in messages)
-            tokens += min(shown, window) + count_text(self._written)
+            tokens += min(shown, window) + count_text(self._thought + self._written)
         return tokens
+
+    async def keep_written(self) -> bool:
+        """Keep what the client has read of an answer that was stopped, as the turn's answer. False where that is nothing."""
+        messages: list[AnyMessage] = self._saver.values.get("messages", [])
+        if not self._written or self._writing in {message.id for message in messages}:
+            return False
+        thought = {"reasoning_content": self._thought} if self._thought else {}
+        answer = AIMessage(self._written, id=self._writing, additional_kwargs=thought, response_metadata={"finish_reason": "stopped"})
+        place = {"thread_id": self._run.thread_id, "checkpoint_ns": "", CHECKPOINTER: self._saver}
+        await self._graph.aupdate_state({"configurable": place}, {"messages": [answer]}, "model")
+        return True
 
     async def _load(self) -> CheckpointTuple | None:
         """Where the attempt starts from: where its run was to start, or how far an earlier attempt came."""
@@ -130,6 +141,8 @@ class Attempt:
                     raise InvalidRequest("The thread waits for no answer.")
                 return Command(resume=answer)
             case {"messages": given}:
+                if self._run.options.client_tools:
+                    _check_results(given, stored)
                 return {"messages": self._messages(given, stored, waits=waits)}
         raise InvalidRequest("The input must have messages or an answer.")
 
@@ -142,6 +155,8 @@ class Attempt:
         if not stored or is_answer(stored[-1]):
             return sent
         mended = mend(stored, self._saver.results, answered, waits=waits)
+        if mended == list(stored):
+            return sent
         self._metrics.threads_healed.inc()
         extra = {"thread_id": self._run.thread_id, "run_id": self._run.run_id, "messages": abs(len(mended) - len(stored))}
         logger.info("an interrupted turn is mended", extra=extra)
@@ -185,10 +200,17 @@ class Attempt:
             chunk, metadata = data
             if "messages" in wanted:
                 self._log.publish(_name("messages", namespace), [chunk, without_internal(metadata)])
-            if isinstance(chunk, AIMessageChunk | AIMessage) and (text := chunk.text):
+            if not isinstance(chunk, AIMessageChunk | AIMessage):
+                return
+            thought, text = chunk.additional_kwargs.get("reasoning_content"), chunk.text
+            if thought or text:
                 if self._writing != chunk.id:
-                    self._writing, self._written = chunk.id, ""
+                    self._writing, self._written, self._thought = chunk.id, "", ""
                 self._written += text
+                self._thought += thought or ""
+            if thought and "tokens" in wanted and not namespace:
+                self._log.publish("reasoning", {"text": str(thought)})
+            if text:
                 if not self._spoke:
                     self._spoke = True
                     self._metrics.first_token_seconds.observe(time.monotonic() - self._started)
@@ -211,9 +233,14 @@ class Attempt:
         options = self._run.options
         if options.interrupt_before or options.interrupt_after:
             return Outcome("success", "interrupted", result)
-        if not messages or not is_answer(messages[-1]):
+        if not messages:
             raise ModelFailed
-        return Outcome("success", "idle", {**result, "response": str(messages[-1].text)})
+        last, theirs = messages[-1], options.client_tools
+        if isinstance(last, AIMessage) and last.tool_calls and last.tool_calls[0]["name"] in theirs:
+            result["tool_calls"] = last.tool_calls
+        elif not is_answer(last):
+            raise ModelFailed
+        return Outcome("success", "idle", {**result, "response": str(last.text)})
 
     def _used(self, messages: Sequence[AnyMessage]) -> dict[str, int]:
         """What the model says that the run's messages cost. They are counted once."""
@@ -245,6 +272,14 @@ MODES = {
     "updates": ("updates",),
     "custom": ("custom",),
 }
+
+
+def _check_results(given: Sequence[Any], stored: Sequence[AnyMessage]) -> None:
+    """A result without its call would stand in the thread for good, and model servers refuse it."""
+    calls = {call["id"] for message in stored if isinstance(message, AIMessage) for call in message.tool_calls}
+    calls |= {call["id"] for message in given if isinstance(message, dict) for call in message.get("tool_calls", ())}
+    if any(message.get("role") == "tool" and message["tool_call_id"] not in calls for message in given if isinstance(message, dict)):
+        raise InvalidRequest("The thread has no tool call that this is the result of.")
 
 
 def _name(event: str, namespace: tuple[str, ...]) -> str:

@@ -42,6 +42,7 @@ class Event:
 
     metadata  the first of each attempt: {"run_id", "thread_id", "attempt"}
     token     {"text"}: a piece of the answer ("tokens" was asked for)
+    reasoning {"text"}: a piece of what the model thinks before it answers ("tokens" was asked for)
     tool      {"name", "id", "state": "start" | "end", "status"?: "success" | "error"} ("tools" was asked for)
     status    {"state": "waiting" | "restarted", ...}: what it is waiting for, or that text since the last tool is void
     messages, values, updates, custom   as LangGraph streams them, as JSON ("messages" is [chunk, metadata]);

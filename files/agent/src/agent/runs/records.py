@@ -10,6 +10,7 @@ from uuid import UUID, uuid4
 import orjson
 
 from agent.errors import ServiceError
+from agent.llm.parameters import client_tools
 
 Strategy = Literal["reject", "enqueue", "interrupt", "rollback"]
 RunStatus = Literal["pending", "running", "success", "error", "timeout", "interrupted"]
@@ -75,6 +76,11 @@ class RunOptions:
     # "update" is a change of the state by hand, which must not meet a turn.
     kind: Literal["turn", "update"] = "turn"
 
+    @property
+    def client_tools(self) -> frozenset[str]:
+        """The names of the tools that the run's client runs itself."""
+        return client_tools(self.model)
+
     def to_json(self) -> str:
         """Only what differs from the defaults."""
         return orjson.dumps({name: value for name, value in asdict(self).items() if value != DEFAULTS[name]}).decode()
@@ -101,7 +107,7 @@ class Run:
     cancel: Literal["interrupt", "rollback"] | None
     input: Any
     options: RunOptions
-    # {"response": str, "usage": {...}, "interrupts"?: [...]} of a success
+    # {"response": str, "usage": {...}, "interrupts"?: [...], "tool_calls"?: [...] of the client's tools} of a success
     result: dict[str, Any] | None
     # {"code", "message", "status", "retry_after"?, "refused"?} of an error, a timeout or an interruption
     error: dict[str, Any] | None
@@ -199,7 +205,6 @@ def last_words(run: Run) -> list[tuple[str, Any]]:
     else:
         words.append(("error", {"code": None, "message": None, **(run.error or {})}))
     end: dict[str, Any] = {"status": run.status, "response": result.get("response", "")}
-    if result.get("interrupts"):
-        end["interrupts"] = result["interrupts"]
+    end |= {name: result[name] for name in ("interrupts", "tool_calls") if result.get(name)}
     words.append(("end", end))
     return words
