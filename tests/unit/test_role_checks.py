@@ -1,4 +1,4 @@
-"""What the data stores, nginx and logrotate refuse before anything changes, each with a sentence; ranges and passwords have one check for all roles."""
+"""What the data stores, nginx, logrotate and monitoring refuse before anything changes, each with a sentence; numbers and passwords have one check for all."""
 
 from __future__ import annotations
 
@@ -22,12 +22,22 @@ SHARED: dict[str, Any] = {
     "nginx_certbot_proxy_secret": "s" * 32,
     **dict.fromkeys(("nginx_certbot_password", "postgres_agent_password", "postgres_exporter_password"), GOOD),
     **dict.fromkeys(("redis_agent_password", "redis_exporter_password"), GOOD),
+    "agent_stack_image_source": "build",
+    "agent_stack_image_overrides": {},
+    "agent_stack_secrets": {"monitoring_grafana_password": GOOD},
 }
-ROLES = ("postgres", "redis", "nginx_certbot", "logrotate")
+ROLES = ("postgres", "redis", "nginx_certbot", "logrotate", "monitoring")
+HOOK = {"name": "ops", "type": "webhook", "url": "https://chat.example.com/x"}
 TAKEN: dict[str, dict[str, Any]] = {
     "defaults": {},
     "least": {"redis_maxmemory_mib": 16, "postgres_max_connections": "20", "logrotate_keep": 1},
     "most": {"redis_maxmemory_mib": 65536, "postgres_max_connections": 10000, "nginx_certbot_read_timeout_seconds": 3600},
+    "watched": {
+        "monitoring_alert_receivers": [HOOK, {**HOOK, "name": "watchdog"}, {"name": "own", "email_configs": [{"to": "ops@example.com"}]}],
+        "monitoring_extra_scrape_configs": [{"job_name": "nas", "static_configs": [{"targets": ["192.0.2.10:9100"]}]}],
+        "monitoring_availability_goal": 0.999,
+        "monitoring_probe_address": "",
+    },
     "half": {"postgres_memory_limit_mib": 256, "postgres_shared_buffers_mib": 128},
 }
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -39,13 +49,21 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"nginx_certbot_requests_per_second": 0}, "nginx_certbot_requests_per_second is 0; allowed is a whole number from 1 to 10000."),
     ({"redis_agent_password": "short"}, "redis_agent_password has 5 characters; allowed are at least 12, none of them a control character."),
     ({"redis_exporter_password": ""}, "redis_exporter_password has 0 characters; allowed are at least 12"),
+    ({"monitoring_alert_receivers": [{**HOOK, "name": "watchdog"}]}, "monitoring_alert_receivers has watchdog, and none of them gets alerts of the severity"),
+    ({"monitoring_alert_receivers": [{"name": "ops", "type": "pigeon"}]}, "monitoring_alert_receivers has the type 'pigeon' at ops; allowed: one of email,"),
+    ({"monitoring_availability_goal": 1}, "monitoring_availability_goal is 1; allowed is from 0.9 to less than 1 (0.99 means 99 %)."),
+    ({"monitoring_alert_gpu_celsius": 0}, "monitoring_alert_gpu_celsius is 0; allowed is more than 0."),
+    ({"monitoring_alert_error_ratio": 5}, "monitoring_alert_error_ratio is 5; allowed is more than 0, up to 1 (0.9 means 90 %)."),
+    ({"monitoring_probe_address": "example.com"}, "monitoring_probe_address is example.com; allowed is host-gateway, an IP address, or nothing to ask DNS."),
+    ({"monitoring_runbook_url": "docs/runbook.md"}, "monitoring_runbook_url is docs/runbook.md; allowed is an address that begins with http:// or https://"),
+    ({"monitoring_extra_scrape_configs": [{"job_name": "node"}]}, "monitoring_extra_scrape_configs has the jobs node; allowed are different names (job_name)"),
     ({"postgres_exporter_password": "two\nlines of it"}, "postgres_exporter_password has 15 characters; allowed are at least 12, none of them a control"),
 ]
 
 
 @pytest.fixture(scope="module")
 def played(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What a play over the four roles' checks said, with one host for each case."""
+    """What a play over the five roles' checks said, with one host for each case."""
     directory = tmp_path_factory.mktemp("checks")
     hosts = {**TAKEN, **{f"refused-{number}": values for number, (values, _) in enumerate(REFUSED)}}
     (directory / "hosts.yml").write_text(yaml.safe_dump({"all": {"hosts": hosts, "vars": SHARED}}))

@@ -10,7 +10,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from agent.api import chat, langgraph, openai, runs
 from agent.metrics import TURN_ROUTES, TURN_STATUSES, Metrics, failure_codes
 
-
 SUBMITS = re.compile(r"await _?submit(_stateless)?\(")
 
 
