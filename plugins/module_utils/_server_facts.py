@@ -29,6 +29,8 @@ MIB, GIB = 1024**2, 1024**3
 ENGINE_PACKAGES = ("docker-ce", "docker.io", "moby-engine")
 PROXY_VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 SHOWN_PACKAGES = ("docker", "containerd", "runc", "podman", "nginx", "apache", "certbot", "nvidia", "unattended")
+# The names of containers in a process's control groups.
+CONTAINERS = re.compile(r"docker[-/][0-9a-f]{12,64}|libpod-[0-9a-f]+|kubepods[^/\n]*")
 TCP_LISTEN = "0A"
 LOCKS = ("/var/lib/dpkg/lock-frontend", "/var/lib/apt/lists/lock")
 
@@ -265,12 +267,14 @@ def listeners() -> list[dict[str, Any]]:
     """TCP ports that are listened on: `port`, `address`, and of the holder `process`, `pid`, its `unit` and whether it is in a `container`."""
     sockets = [entry for family in ("tcp", "tcp6") for entry in listening_sockets(read(f"/proc/net/{family}"))]
     holders = socket_holders({entry["inode"] for entry in sockets})
+    own = set(CONTAINERS.findall(read("/proc/1/cgroup")))
     found = []
     for entry in sockets:
         pid = holders.get(entry.pop("inode"), 0)
         group = read(f"/proc/{pid}/cgroup") if pid else ""
         unit = re.findall(r"/([^/\n]+\.(?:service|socket))", group)
-        container = bool(re.search(r"docker[-/][0-9a-f]{12}|libpod-|kubepods", group))
+        # A server may be a container itself: what it runs is in the group of its first process.
+        container = not set(CONTAINERS.findall(group)) <= own
         process = read(f"/proc/{pid}/comm").strip() if pid else ""
         found.append({**entry, "pid": pid, "process": process, "unit": unit[-1] if unit else "", "container": container})
     return found

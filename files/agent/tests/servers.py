@@ -318,6 +318,7 @@ def environment(postgres: Postgres, redis: Redis, model: Model, directory: Path)
         "AGENT_PROXY_SECRET_FILE": str(proxy_secret),
         "AGENT_RATE_LIMIT": "100000/minute",
         "AGENT_CONCURRENT_RUNS": "0",
+        "AGENT_WRONG_KEYS": "1000000",
         "AGENT_TURN_TIMEOUT_SECONDS": "5",
     }
 

@@ -115,4 +115,5 @@ class TestTools:
     def test_endless_calls_are_stopped(self, agent: Agent) -> None:
         answer = agent.chat('[[loop calculator {"expression": "1"}]]', "endless")
         assert (answer.status_code, answer.json()["error"]["code"]) == (422, "too_many_steps")
-        assert "I see 1 user message." in agent.chat("next", "endless").json()["response"]
+        # What its tools did stays, and so does the question.
+        assert "I see 2 user messages." in agent.chat("next", "endless").json()["response"]

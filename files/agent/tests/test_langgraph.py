@@ -159,7 +159,7 @@ def allowlist(pool: Pool) -> None:
 
     async def run() -> None:
         async with opened(pool) as saver:
-            watched = Watched(saver, str(uuid4()), {}, save, history="step")
+            watched = Watched(saver, str(uuid4()), {}, save, history="step", limit=1 << 20)
             await watched.load(None)
             await asking().ainvoke({"log": [HumanMessage("x")]}, place(**{_langgraph.CHECKPOINTER: watched}))
 

@@ -164,7 +164,7 @@ async def _start(settings: Settings, tools: Toolbox, metrics: Metrics, stack: As
         tools=tools,
         graph=graph,
         store=store,
-        authenticator=Authenticator(keys, settings.proxy_secret),
+        authenticator=Authenticator(keys, settings.proxy_secret, settings.wrong_keys),
         limiter=limiter,
         threads=Threads(database, ledger, quota, limiter.finish),
         quota=quota,

@@ -230,6 +230,7 @@ class Settings(PostgresSettings):
         65_536,
         "Longest body of a request below `/openai/v1`, whose clients send the whole conversation each time, in KiB. nginx has the same limit.",
     )
+    wrong_keys: int = _whole(20, 1, 1_000_000, "Wrong API keys in a row from one address before the next must wait; five times as many for one key's name.")
     rate_limit: Rate = _setting(
         "60/minute",
         doc="Turns that each user or API key may start, as `COUNT/second`, `COUNT/minute`, `COUNT/hour`, `COUNT/day`"

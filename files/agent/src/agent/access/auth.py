@@ -42,9 +42,9 @@ UNKNOWN_SECONDS = 0.5
 FAILED_SECONDS = 1
 LOAD_SECONDS = 2
 
-# Wrong keys in a row before the first wait, of one address and for one name; each further one doubles it. A key that is right never waits.
-WRONG_OF_ADDRESS = 20
-WRONG_OF_NAME = 100
+# One name is guessed from many addresses: it may be wrong so many times as often as one address before it waits.
+NAME_TIMES = 5
+# Each further wrong one doubles the wait. A key that is right never waits.
 LONGEST_WAIT = 60
 # After so long without a wrong one, an address or a name begins anew.
 FORGOTTEN_SECONDS = 600
@@ -246,10 +246,11 @@ class Proxy:
 
 
 class Authenticator:
-    def __init__(self, keys: KeyRing, proxy_secret: SecretStr | None) -> None:
+    def __init__(self, keys: KeyRing, proxy_secret: SecretStr | None, wrong_keys: int) -> None:
         self._keys = keys
         self._proxy = Proxy(proxy_secret)
         self._guesses = Guesses()
+        self._wrong_keys = wrong_keys
 
     async def principal(self, headers: Headers) -> Principal:
         """Whom these headers speak for, or raise Unauthorized or TooManyWrongKeys. A key that is given decides, right or wrong."""
@@ -276,8 +277,8 @@ class Authenticator:
             self._guesses.right(address)
             self._guesses.right(name)
         else:
-            self._guesses.wrong(address, WRONG_OF_ADDRESS)
-            self._guesses.wrong(name, WRONG_OF_NAME)
+            self._guesses.wrong(address, self._wrong_keys)
+            self._guesses.wrong(name, self._wrong_keys * NAME_TIMES)
         return found
 
     def _user(self, headers: Headers) -> Principal | None:

@@ -155,7 +155,7 @@ class Attempt:
         if not stored or is_answer(stored[-1]):
             return sent
         mended = mend(stored, self._saver.results, answered, waits=waits)
-        if mended == list(stored):
+        if answered and mended == list(stored):
             return sent
         self._metrics.threads_healed.inc()
         extra = {"thread_id": self._run.thread_id, "run_id": self._run.run_id, "messages": abs(len(mended) - len(stored))}
