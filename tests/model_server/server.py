@@ -319,9 +319,9 @@ class Handler(BaseHTTPRequestHandler):
         pieces = re.findall(r"\S+\s*", content or "")
         limit = body.get("max_completion_tokens") or body.get("max_tokens") or len(pieces)
         thought = wishes.get("think")
-        logprobs = [{"token": piece, "logprob": -0.5, "bytes": list(piece.encode()), "top_logprobs": []} for piece in pieces[:limit]]
-        if not body.get("logprobs"):
-            logprobs = None
+        logprobs = None
+        if body.get("logprobs"):
+            logprobs = [{"token": piece, "logprob": -0.5, "bytes": list(piece.encode()), "top_logprobs": []} for piece in pieces[:limit]]
         reason = "tool_calls" if calls else "length" if len(pieces) > limit else "stop"
         pieces = pieces[:limit]
         prompt = sum(len(text_of(message).split()) for message in messages)
