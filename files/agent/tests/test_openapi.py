@@ -132,6 +132,12 @@ BODIES: dict[str, bytes] = {
     "wrong types": b'{"assistant_id": 1, "metadata": "canary-7f3a", "limit": "canary-7f3a", "message": [],'
     b' "messages": 1, "values": 1, "checkpoint": 1, "namespace": 1, "run_ids": 1, "prefix": 1, "namespace_prefix": 1}',
 }
+# Where a field of a newer client is ignored: it does no harm, and finds more than it wanted.
+TOLERANT = {
+    ("POST", "/assistants"), ("POST", "/assistants/search"), ("POST", "/assistants/count"), ("POST", "/assistants/{assistant_id}/versions"),
+    ("POST", "/threads"), ("POST", "/threads/search"), ("POST", "/threads/count"), ("PATCH", "/threads/{thread_id}"),
+    ("POST", "/threads/{thread_id}/history"), ("POST", "/store/items/search"), ("POST", "/store/namespaces"),
+}  # fmt: skip
 IDS = {
     "NUL": "a%00b",
     "long": "a" * 9000,
@@ -180,7 +186,10 @@ def test_bad_bodies(agent: Agent, document: dict[str, Any], known: dict[str, str
     for method, path, operation in operations(document):
         if "requestBody" in operation:
             answer = agent.client.request(method, fill(path, known), content=BODIES[name], headers={"Content-Type": "application/json"})
-            refused(answer, (method, path))
+            if name == "unknown field" and (method, path) in TOLERANT:
+                assert answer.status_code == 200, (method, path)
+            else:
+                refused(answer, (method, path))
 
 
 @pytest.mark.parametrize("kind", ["", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])

@@ -107,6 +107,24 @@ def program(database: Database, *arguments: str, **settings: str) -> subprocess.
     return subprocess.run(command, env=database.environ | settings, capture_output=True, text=True, timeout=60)
 
 
+def sizes(database: Database) -> dict[str, int | None]:
+    return {row["thread_id"]: row["bytes"] for row in database.connection.execute("SELECT thread_id, bytes FROM threads").fetchall()}
+
+
+def test_threads_are_measured(database: Database) -> None:
+    """Those that a worker of the version before made, and those whose history goes."""
+    database.talk("short", 1)
+    database.talk("long", 30)
+    database.run(dry_run=True)
+    assert sizes(database) == {"short": None, "long": None}
+    database.run(retention_checkpoints=0)
+    first = sizes(database)
+    assert first["long"] > 20 * first["short"] > 20 * 1000
+    database.age("long", 1)
+    database.run(retention_checkpoints=5)
+    assert sizes(database)["long"] < first["long"] / 3
+
+
 def test_the_program(database: Database) -> None:
     database.talk("old", days=31)
     database.talk("young", days=29)

@@ -191,6 +191,37 @@ def test_stream_of_several_modes(client: SyncLangGraphClient, thread: str) -> No
     assert [(told["name"], told["state"]) for told in tools] == [("calculator", "start"), ("calculator", "end")]
 
 
+def test_stream_of_steps(client: SyncLangGraphClient, thread: str) -> None:
+    modes: Any = ["checkpoints", "tasks", "debug"]
+    parts = list(client.runs.stream(thread, "agent", input=message(CALCULATE), stream_mode=modes, metadata={"mine": 1}))
+    assert {part.event for part in parts} == {"metadata", "checkpoints", "tasks", "debug", "end"}
+    checkpoints = [part.data for part in parts if part.event == "checkpoints"]
+    assert [len(each["values"].get("messages", [])) for each in checkpoints][-1] == 4
+    for each in checkpoints:
+        assert each["config"]["configurable"].keys() <= {"thread_id", "checkpoint_ns", "checkpoint_id", "checkpoint_map"}
+        assert each["metadata"].keys() <= {"source", "step", "parents", "run_id", "mine"}
+    assert checkpoints[-1]["config"]["configurable"]["checkpoint_id"] == client.threads.get_state(thread)["checkpoint"]["checkpoint_id"]
+    tasks = [part.data for part in parts if part.event == "tasks"]
+    assert [each["name"] for each in tasks if "result" in each] == ["model", "tools", "model"]
+    debug = [part.data for part in parts if part.event == "debug"]
+    assert {each["type"] for each in debug} == {"checkpoint", "task", "task_result"}
+    text = str([part.data for part in parts])
+    for secret in ("user:tester", "deadline", "__pregel", "RunSaver"):
+        assert secret not in text
+
+
+def test_a_batch(client: SyncLangGraphClient, thread: str) -> None:
+    payloads: Any = [{"assistant_id": "agent", "thread_id": thread, "input": message(str(number))} for number in range(2)]
+    runs: Any = client.runs.create_batch([*payloads, {"assistant_id": "agent", "input": message("alone")}])
+    assert [run["thread_id"] == thread for run in runs] == [True, True, False]
+    client.runs.join(thread, runs[1]["run_id"])
+    assert texts(client, thread)[::2] == ["0", "1"]
+    with pytest.raises(httpx.HTTPStatusError, match="input: must be given"):
+        client.runs.create_batch([{"assistant_id": "agent"}])  # type: ignore[typeddict-item]
+    with pytest.raises(httpx.HTTPStatusError):
+        client.runs.create_batch(payloads * 11)
+
+
 def test_stream_version_2(client: SyncLangGraphClient, thread: str) -> None:
     parts: list[Any] = list(client.runs.stream(thread, "agent", input=message("hello"), version="v2"))
     assert parts[0]["type"] == "metadata"
@@ -473,6 +504,13 @@ def test_approval(start_agent: Callable[..., Agent]) -> None:
 
         parts = list(client.runs.stream(thread, "agent", input=message(CALCULATE), stream_mode="updates"))
         assert parts[-2].data["__interrupt__"][0]["value"]["tool"] == "calculator"
+        for answer in ({"decisions": [{"type": "approve"}]}, [{"type": "accept", "args": None}]):
+            values = client.runs.wait(thread, "agent", command={"resume": answer})
+            assert values["messages"][-1]["content"] == "The tool says: 42"
+            question = say(client, thread, CALCULATE)["__interrupt__"][0]
+        values = client.runs.wait(thread, "agent", command={"resume": {question["id"]: {"approve": True}}})
+        assert values["messages"][-1]["content"] == "The tool says: 42"
+        say(client, thread, CALCULATE)
         parts = list(client.runs.stream(thread, "agent", command={"resume": {"approve": False, "reason": "no sums"}}, stream_mode="values"))
         refused = parts[-2].data["messages"][-2]
         assert (refused["type"], refused["status"]) == ("tool", "error")

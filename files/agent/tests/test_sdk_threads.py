@@ -141,6 +141,31 @@ def test_copy(client: SyncLangGraphClient) -> None:
     ]
 
 
+def test_prune(client: SyncLangGraphClient, stranger: SyncLangGraphClient, migrated: Postgres) -> None:
+    names = [client.threads.create()["thread_id"] for _ in range(2)]
+    foreign = stranger.threads.create()["thread_id"]
+    for name in names:
+        say(client, name, "one")
+        say(client, name, '[[tool calculator {"expression": "6*7"}]]')
+    before = client.threads.get_state(names[0])
+    assert client.threads.prune([names[0], foreign], strategy="keep_latest") == {"pruned_count": 1}  # type: ignore[comparison-overlap]
+    after = client.threads.get_history(names[0], limit=100)
+    assert [state["values"] for state in after] == [before["values"]]
+    assert after[0]["parent_checkpoint"] is None
+    sizes = migrated.query("SELECT count(*) FROM checkpoint_blobs WHERE thread_id = %s AND channel = 'messages'", names[0])
+    assert sizes == [(1,)]
+    say(client, names[0], "two")
+    assert len(texts(client, names[0])) == 8
+    assert client.threads.prune([names[1], foreign, "none"]) == {"pruned_count": 1}  # type: ignore[comparison-overlap]
+    with pytest.raises(NotFoundError):
+        client.threads.get(names[1])
+    assert stranger.threads.get(foreign)
+    run = client.runs.create(names[0], "agent", input={"messages": "[[delay 1]] slow"})
+    with pytest.raises(ConflictError):
+        client.threads.prune([names[0]], strategy="keep_latest")
+    client.runs.join(names[0], run["run_id"])
+
+
 def test_state_and_history(client: SyncLangGraphClient) -> None:
     name = client.threads.create()["thread_id"]
     empty = client.threads.get_state(name)
@@ -322,7 +347,6 @@ def test_what_is_not_supported_is_refused(client: SyncLangGraphClient) -> None:
         "as it was deployed": lambda: client.assistants.delete("agent"),
         "Crons": lambda: client.crons.create("agent", schedule="* * * * *", input=text),
         "crons": lambda: client.crons.search(),
-        "Batches": lambda: client.runs.create_batch([{"assistant_id": "agent"}]),
         "Webhooks": lambda: client.runs.create(name, "agent", input=text, webhook="http://127.0.0.1/"),
         "Delayed": lambda: client.runs.create(name, "agent", input=text, after_seconds=5),
         "feedback_keys": lambda: list(client.runs.stream(name, "agent", input=text, feedback_keys=["x"])),
@@ -337,8 +361,6 @@ def test_what_is_not_supported_is_refused(client: SyncLangGraphClient) -> None:
         "query": lambda: client.threads.get(name, include=["ttl"]),
         "extract": lambda: client.threads.search(extract={"a": "values.a"}),
         "values": lambda: client.threads.search(values={"a": 1}),
-        "Pruning": lambda: client.threads.prune([name]),
-        "Streaming": lambda: list(client.threads.join_stream(name)),
         "status": lambda: client.runs.cancel_many(status="all"),
         "meaning": lambda: client.store.search_items(["a"], query="x"),
         "index": lambda: client.store.put_item(["a"], key="a", value={}, index=["x"]),

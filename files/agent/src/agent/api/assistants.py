@@ -31,6 +31,7 @@ from agent.services import services
 
 router = APIRouter(prefix="/assistants", tags=["assistants"], route_class=JsonRoute)
 
+Subgraph = Annotated[str, Path(pattern=r"^[A-Za-z0-9_:|-]{1,200}$", description="A subgraph's name.")]
 STARTED = datetime.now(UTC)
 ASSISTANT_METADATA = {"created_by": "system"}
 # What LangGraph's clients put into `configurable` themselves. It says nothing of the agent.
@@ -259,7 +260,7 @@ async def get_subgraphs(request: Request, assistant_id: AssistantPath, recurse: 
 
 
 @router.get("/{assistant_id}/subgraphs/{namespace}", response_model=dict[str, GraphSchemas], responses={404: {}})
-async def get_subgraph(request: Request, assistant_id: AssistantPath, namespace: Annotated[str, Path(max_length=200)], recurse: bool = False) -> Json:
+async def get_subgraph(request: Request, assistant_id: AssistantPath, namespace: Subgraph, recurse: bool = False) -> Json:
     """The agent has none."""
     await _find(request, assistant_id)
     return Json({})

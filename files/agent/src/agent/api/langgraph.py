@@ -47,10 +47,7 @@ ABSENT = {
         ("DELETE", "/runs/crons/{cron_id}"),
         ("POST", "/threads/{thread_id}/runs/crons"),
     ],
-    "Batches of runs": [("POST", "/runs/batch")],
-    "Pruning threads": [("POST", "/threads/prune")],
-    "Streaming a thread rather than a run": [
-        ("GET", "/threads/{thread_id}/stream"),
+    "The thread protocol (threads.stream)": [
         ("POST", "/threads/{thread_id}/stream/events"),
         ("POST", "/threads/{thread_id}/commands"),
     ],

@@ -1,22 +1,26 @@
 """Runs: a message or an answer given to a thread, and the work on it followed, waited for or stopped."""
 
+import asyncio
 import functools
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing, suppress
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlencode
 from uuid import UUID
 
 import psycopg
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Body, Header, Query, Request, Response
 
 from agent.access.in_flight import LARGE_BYTES
 from agent.api import streams
 from agent.api.admission import canceller, count, submit
-from agent.api.answers import EVENTS, Json, Live, dump, event_stream, late_json, pick
+from agent.api.answers import EVENTS, Json, Live, dump, event_stream, late_json, pick, sse
 from agent.api.assistants import options_of
 from agent.api.requests import JsonRoute, TurnId, owner
 from agent.api.schemas import (
     ASSISTANT_ID,
+    BatchRun,
     CancelAction,
     Node,
     RoleMessage,
@@ -47,11 +51,14 @@ router = APIRouter(tags=["runs"], route_class=JsonRoute)
 ALL_MODES: tuple[StreamMode, ...] = ("values", "updates", "messages-tuple", "custom")
 # Above what any service allows. A client may write a number that no column holds.
 MAX_STEPS = 10_000
+MAX_BATCH = 20
+# How often a thread is asked for new runs while its stream is followed.
+JOINED_SECONDS = 1.0
 NEW: dict[int | str, dict[str, Any]] = {404: {}, 409: {}, 429: {}}
 STATE: dict[int | str, dict[str, Any]] = {200: {"description": "The thread's values, or `__error__` with what went wrong."}}
 
 StreamModes = Annotated[list[StreamMode | Literal[""]] | None, Query()]
-Namespaces = Annotated[list[str] | None, Query(description="Of subgraphs. The agent has none.")]
+Namespaces = Annotated[str, Query(description="Of subgraphs. The agent has none.")]
 LastEventId = Annotated[str, Header(alias="Last-Event-ID", pattern=r"^(-?[0-9]{1,18})?$", description="Only what came after this one.")]
 
 
@@ -73,7 +80,7 @@ async def wait_for_run(request: Request, thread_id: ThreadPath, asked: RunCreate
 
 
 @router.post("/threads/{thread_id}/runs/stream", response_class=Response, responses=EVENTS | NEW)
-async def stream_run(request: Request, thread_id: ThreadPath, asked: RunCreate, turn_id: TurnId = None, namespace: Namespaces = None) -> Live:
+async def stream_run(request: Request, thread_id: ThreadPath, asked: RunCreate, turn_id: TurnId = None, namespace: Namespaces = "") -> Live:
     """Run and tell what happens. Location takes up a stream that broke, with Last-Event-ID."""
     modes = _modes(asked) or ("values",)
     run = await _submit(request, thread_id, asked, modes, turn_id)
@@ -133,7 +140,7 @@ async def join_run_stream(
     stream_mode: StreamModes = None,
     cancel_on_disconnect: bool = False,
     last_event_id: LastEventId = "",
-    namespace: Namespaces = None,
+    namespace: Namespaces = "",
 ) -> Live:
     """Tell what happened since Last-Event-ID, as far as it is kept, and what happens, in the modes the run has."""
     return _joined(request, await _find(request, thread_id, run_id), stream_mode, last_event_id, cancel=cancel_on_disconnect)
@@ -146,7 +153,7 @@ async def join_stateless_run_stream(
     stream_mode: StreamModes = None,
     cancel_on_disconnect: bool = False,
     last_event_id: LastEventId = "",
-    namespace: Namespaces = None,
+    namespace: Namespaces = "",
 ) -> Live:
     """The same, where the thread is not known."""
     return _joined(request, await _find(request, None, run_id), stream_mode, last_event_id, cancel=cancel_on_disconnect)
@@ -185,23 +192,92 @@ async def cancel_runs(request: Request, asked: RunsCancel, action: CancelAction 
 # Runs on a thread that is made for them, and deleted when they end unless it is to be kept
 
 
+@router.post("/runs/batch", response_model=list[Run], responses=NEW)
+async def create_runs(request: Request, asked: Annotated[list[BatchRun], Body(min_length=1, max_length=MAX_BATCH)]) -> Json:
+    """Start some runs and do not wait for them. Each is counted; where one is refused, those before it were started."""
+    runs = []
+    for each in asked:
+        modes = _modes(each) or ALL_MODES
+        if each.thread_id is not None:
+            runs.append(await _submit(request, each.thread_id, each, modes, None, resumable=True))
+        elif isinstance(each.input, Input):
+            runs.append(await _submit_stateless(request, each, each.input, modes, None, resumable=True))
+        else:
+            raise InvalidRequest("input: must be given where there is no thread_id.")
+    return Json([describe_run(run) for run in runs])
+
+
 @router.post("/runs", response_model=Run, responses=NEW)
 async def create_stateless_run(request: Request, asked: StatelessRunCreate, turn_id: TurnId = None) -> Json:
-    run = await _submit_stateless(request, asked, _modes(asked) or ALL_MODES, turn_id, resumable=True)
+    run = await _submit_stateless(request, asked, asked.input, _modes(asked) or ALL_MODES, turn_id, resumable=True)
     return Json(describe_run(run), headers={"Content-Location": _path(run)})
 
 
 @router.post("/runs/wait", response_model=dict[str, Any], responses=STATE | NEW)
 async def wait_for_stateless_run(request: Request, asked: StatelessRunCreate, turn_id: TurnId = None) -> Live:
-    run = await _submit_stateless(request, asked, _modes(asked), turn_id)
+    run = await _submit_stateless(request, asked, asked.input, _modes(asked), turn_id)
     return _wait(request, run, cancel=_leaves(asked, run))
 
 
 @router.post("/runs/stream", response_class=Response, responses=EVENTS | NEW)
-async def stream_stateless_run(request: Request, asked: StatelessRunCreate, turn_id: TurnId = None, namespace: Namespaces = None) -> Live:
+async def stream_stateless_run(request: Request, asked: StatelessRunCreate, turn_id: TurnId = None, namespace: Namespaces = "") -> Live:
     modes = _modes(asked) or ("values",)
-    run = await _submit_stateless(request, asked, modes, turn_id)
+    run = await _submit_stateless(request, asked, asked.input, modes, turn_id)
     return _stream(request, run, modes, cancel=_leaves(asked, run))
+
+
+# All that happens on a thread
+
+
+@router.get("/threads/{thread_id}/stream", response_class=Response, responses=EVENTS | {404: {}})
+async def join_thread_stream(
+    request: Request,
+    thread_id: ThreadPath,
+    stream_mode: Annotated[list[Literal["run_modes", "lifecycle", "state_update"]] | None, Query()] = None,
+    last_event_id: LastEventId = "",
+) -> Live:
+    """Tell what the runs of a thread tell, those that begin later too, each followed by `run_done`. It ends with the connection.
+
+    With `lifecycle` only the first and the last event of each run, with `state_update` only its states. Nothing is kept
+    from before, so Last-Event-ID changes nothing.
+    """
+    thread = await services(request).threads.get(owner(request), thread_id)
+    return event_stream(
+        _until_it_goes(request, thread.thread_id, set(stream_mode or ("run_modes",))), weigh=functools.partial(services(request).answers.of, owner(request))
+    )
+
+
+async def _until_it_goes(request: Request, thread_id: str, wanted: set[str]) -> AsyncGenerator[bytes]:
+    """The stream ends where the thread is deleted, or the storage goes away."""
+    with suppress(ServiceError):
+        async with aclosing(_thread_events(request, thread_id, wanted)) as events:
+            async for piece in events:
+                yield piece
+
+
+async def _thread_events(request: Request, thread_id: str, wanted: set[str]) -> AsyncGenerator[bytes]:
+    engine, followers, caller = services(request).engine, services(request).followers, owner(request)
+    since = datetime.now(UTC)
+    told: set[str] = set()
+    while True:
+        # Those that began before are followed only while they work.
+        runs = [run for run in await engine.list(caller, thread_id, MAX_BATCH) if not run.final or run.created_at > since]
+        for run in reversed(runs):
+            if run.run_id in told:
+                continue
+            told.add(run.run_id)
+            async with aclosing(followers.events(caller, run.run_id)) as events:
+                async for event in events:
+                    kind = event.event.partition("|")[0]
+                    if kind == "end":
+                        yield sse("run_done", {"run_id": run.run_id, "thread_id": thread_id, "status": event.data["status"]})
+                    elif (
+                        "run_modes" in wanted
+                        or ("state_update" in wanted and kind in ("values", "updates"))
+                        or ("lifecycle" in wanted and kind in ("metadata", "error"))
+                    ):
+                        yield sse(event.event, streams.describe_error(event.data) if kind == "error" else event.data)
+        await asyncio.sleep(JOINED_SECONDS)
 
 
 # How it is done
@@ -249,7 +325,8 @@ async def _submit(
 
 async def _submit_stateless(
     request: Request,
-    asked: StatelessRunCreate,
+    asked: StatelessRunCreate | BatchRun,
+    given: Input,
     modes: tuple[StreamMode, ...],
     turn_id: str | None,
     *,
@@ -261,7 +338,7 @@ async def _submit_stateless(
     return await submit(
         request,
         None,
-        {"messages": messages(request, asked.input.messages)},
+        {"messages": messages(request, given.messages)},
         # There will be no thread to see the values in.
         _options(asked, (*modes, "values"), resumable=resumable, on_completion=asked.on_completion, **set_options),
         turn_id=turn_id,
@@ -312,7 +389,10 @@ async def _check_state(request: Request, thread_id: str, run_input: RunInput, ch
     if resumes and not state.interrupts:
         raise NothingWaits
     if resumes and any(_is_approval(waiting.value) for waiting in state.interrupts):
-        check_answer(given["resume"])
+        answer = given["resume"]
+        named = answer.keys() <= {waiting.id for waiting in state.interrupts} if isinstance(answer, dict) and answer else False
+        for each in answer.values() if named else [answer]:
+            check_answer(each)
     if ids & {message.id for message in state.values.get("messages", ())}:
         # It would take that message's place, and leave no new one to answer.
         raise MessageExists

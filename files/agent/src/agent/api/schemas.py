@@ -49,7 +49,7 @@ Node = Literal["model", "tools"]
 Nodes = Literal["*"] | list[Node]
 RunStatus = Literal["pending", "running", "error", "success", "timeout", "interrupted"]
 ThreadStatus = Literal["idle", "busy", "interrupted", "error"]
-StreamMode = Literal["values", "messages", "messages-tuple", "updates", "custom"]
+StreamMode = Literal["values", "messages", "messages-tuple", "updates", "custom", "checkpoints", "tasks", "debug"]
 Strategy = Literal["reject", "enqueue", "interrupt", "rollback"]
 OnDisconnect = Literal["cancel", "continue"]
 CancelAction = Literal["interrupt", "rollback"]
@@ -488,6 +488,25 @@ class StatelessRunCreate(RunBase):
     checkpoint: Absent = None
     checkpoint_id: Absent = None
     on_completion: Annotated[Literal["delete", "keep"], Field(description="What becomes of the thread that is made for the run.")] = "delete"
+
+
+class BatchRun(RunCreate):
+    """A run of a batch, on a thread or on one of its own."""
+
+    thread_id: ThreadId | None = None
+    assistantId: Annotated[str, Field(description="LangGraph's client in JavaScript sends the name in both forms.")] | None = None
+
+
+class ThreadPrune(Body):
+    thread_ids: Annotated[list[ThreadId], Field(max_length=100)]
+    strategy: Annotated[
+        Literal["delete", "keep_latest"],
+        Field(description="Delete the threads, or all of their history but the last state."),
+    ] = "delete"
+
+
+class Pruned(BaseModel):
+    pruned_count: int
 
 
 class Run(Part):

@@ -16,6 +16,9 @@ SOURCES = {
     "values": "values",
     "updates": "updates",
     "custom": "custom",
+    "checkpoints": "checkpoints",
+    "tasks": "tasks",
+    "debug": "debug",
     "messages": "messages",
     "messages-tuple": "messages",
 }
@@ -96,7 +99,7 @@ def _translate(event: Event, modes: Sequence[str], whole: WholeMessages | None, 
             if namespace:
                 told = [(f"{name}|{namespace}", data) for name, data in told]
             return [*told, (event.event, event.data)] if "messages-tuple" in modes else told
-        case "values" | "updates" | "custom":
+        case "values" | "updates" | "custom" | "checkpoints" | "tasks" | "debug":
             return [(event.event, event.data)] if kind in modes else []
         case "error":
             return [("error", describe_error(event.data))]

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from types import TracebackType
 from typing import Annotated, Any, Self, TypeVar
 
@@ -22,6 +22,7 @@ from agent.api.schemas import (
     Checkpoint,
     CheckpointPath,
     History,
+    Pruned,
     Removal,
     RoleAnswer,
     RoleMessage,
@@ -35,6 +36,7 @@ from agent.api.schemas import (
     ThreadCount,
     ThreadCreate,
     ThreadPath,
+    ThreadPrune,
     ThreadSearch,
     ThreadState,
     ThreadUpdate,
@@ -109,6 +111,21 @@ async def count_threads(request: Request, asked: ThreadCount) -> Json:
     if wanted is None:
         return Json(0)
     return Json(await services(request).threads.count(owner(request), metadata=wanted, status=asked.status, used=_names_graph(asked.metadata)))
+
+
+@router.post("/prune", response_model=Pruned, responses={409: {}})
+async def prune_threads(request: Request, asked: ThreadPrune) -> Json:
+    """Threads that are not the caller's, or not there, are not counted. A busy one keeps its history, and the answer is 409."""
+    threads = services(request).threads
+    pruned = 0
+    for thread_id in dict.fromkeys(asked.thread_ids):
+        with suppress(NotFound):
+            if asked.strategy == "delete":
+                await threads.delete(owner(request), thread_id)
+            else:
+                await threads.keep_latest(owner(request), thread_id)
+            pruned += 1
+    return Json({"pruned_count": pruned})
 
 
 @router.get("/{thread_id}", response_model=Thread, responses={404: {}, 429: {}})

@@ -6,7 +6,7 @@ An owner has few, so whoever looks for some is given all, and chooses.
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, LiteralString
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import orjson
 from psycopg.rows import DictRow
@@ -79,6 +79,7 @@ class Assistants:
 
     async def get(self, owner: str, assistant_id: str) -> Assistant:
         """Raises NotFound."""
+        _check(assistant_id)
         rows = await self._database.rows(f"SELECT {FIELDS} FROM {CURRENT} WHERE a.assistant_id::text = %s AND a.owner = %s", [assistant_id, owner])
         if not rows:
             raise NotFound("There is no such assistant.")
@@ -86,6 +87,7 @@ class Assistants:
 
     async def update(self, owner: str, assistant_id: str, changed: dict[str, Any]) -> Assistant:
         """Make a version with these of its fields changed, and use it. Metadata is merged. Raises NotFound."""
+        _check(assistant_id)
         query: LiteralString = (
             "WITH a AS (UPDATE assistants SET updated_at = now(),"
             " version = 1 + (SELECT max(version) FROM assistant_versions WHERE assistant_id = assistants.assistant_id)"
@@ -114,12 +116,14 @@ class Assistants:
 
     async def delete(self, owner: str, assistant_id: str) -> None:
         """Raises NotFound."""
+        _check(assistant_id)
         query: LiteralString = "DELETE FROM assistants WHERE assistant_id::text = %s AND owner = %s RETURNING assistant_id"
         if not await self._database.rows(query, [assistant_id, owner]):
             raise NotFound("There is no such assistant.")
 
     async def versions(self, owner: str, assistant_id: str) -> list[Assistant]:
         """Newest first. Raises NotFound."""
+        _check(assistant_id)
         query: LiteralString = (
             f"SELECT {FIELDS} FROM assistants a JOIN assistant_versions v USING (assistant_id)"
             " WHERE a.assistant_id::text = %s AND a.owner = %s ORDER BY v.version DESC"
@@ -131,6 +135,7 @@ class Assistants:
 
     async def use(self, owner: str, assistant_id: str, version: int) -> Assistant:
         """Use one of its versions. Raises NotFound."""
+        _check(assistant_id)
         query: LiteralString = (
             "UPDATE assistants SET version = %(version)s, updated_at = now() WHERE assistant_id::text = %(id)s AND owner = %(owner)s"
             " AND EXISTS (SELECT FROM assistant_versions v WHERE v.assistant_id = assistants.assistant_id AND v.version = %(version)s)"
@@ -139,6 +144,14 @@ class Assistants:
         if not await self._database.rows(query, {"id": assistant_id, "owner": owner, "version": version}):
             raise NotFound("There is no such version of an assistant.")
         return await self.get(owner, assistant_id)
+
+
+def _check(assistant_id: str) -> None:
+    """A client may name anything; Postgres does not take all of it."""
+    try:
+        UUID(assistant_id)
+    except ValueError:
+        raise NotFound("There is no such assistant.") from None
 
 
 def _assistant(row: DictRow) -> Assistant:

@@ -221,7 +221,24 @@ class Attempt:
         if kind == "status" or (kind == "tool" and "tools" in wanted):
             self._log.publish(kind, {name: value for name, value in data.items() if name != "type"})
         if mode in wanted:
-            self._log.publish(_name(mode, namespace), data)
+            self._log.publish(_name(mode, namespace), self._shown(mode, data))
+
+    def _shown(self, mode: str, data: Any) -> Any:
+        """Without what a client must not see: what the graph was lent, and the text of errors, which may quote what a tool was told."""
+        match mode:
+            case "debug":
+                return {**data, "payload": self._shown("checkpoints" if data["type"] == "checkpoint" else "tasks", data["payload"])}
+            case "tasks":
+                return {**data, "error": "error" if data["error"] else None} if "error" in data else data
+            case "checkpoints":
+                known = {"source", "step", "parents", "run_id", *self._run.options.metadata}
+                return {
+                    **data,
+                    "metadata": {name: value for name, value in data["metadata"].items() if name in known},
+                    "tasks": [self._shown("tasks", task) for task in data["tasks"]],
+                    **{name: _place(data[name]) for name in ("config", "parent_config")},
+                }
+        return data
 
     def _outcome(self) -> Outcome:
         messages: list[AnyMessage] = self._saver.values.get("messages", [])
@@ -271,6 +288,9 @@ MODES = {
     "values": ("values",),
     "updates": ("updates",),
     "custom": ("custom",),
+    "checkpoints": ("checkpoints",),
+    "tasks": ("tasks",),
+    "debug": ("debug",),
 }
 
 
@@ -280,6 +300,14 @@ def _check_results(given: Sequence[Any], stored: Sequence[AnyMessage]) -> None:
     calls |= {call["id"] for message in given if isinstance(message, dict) for call in message.get("tool_calls", ())}
     if any(message.get("role") == "tool" and message["tool_call_id"] not in calls for message in given if isinstance(message, dict)):
         raise InvalidRequest("The thread has no tool call that this is the result of.")
+
+
+def _place(config: RunnableConfig | None) -> dict[str, Any] | None:
+    """Where a checkpoint is, of its config."""
+    if config is None:
+        return None
+    names = ("thread_id", "checkpoint_ns", "checkpoint_id", "checkpoint_map")
+    return {"configurable": {name: config["configurable"][name] for name in names if name in config["configurable"]}}
 
 
 def _name(event: str, namespace: tuple[str, ...]) -> str:

@@ -34,6 +34,8 @@ AWAY_SECONDS = 2
 BLOCK_SECONDS = 1.0
 MAX_QUEUED = 20_000
 MAX_READERS = 512
+# Each has a whole state in it.
+LARGE = frozenset({"values", "checkpoints", "debug"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ class EventLog:
     def publish(self, event: str, data: Any) -> Event:
         published = Event(self._first + len(self._events), event, plain(data))
         self._events.append(published)
-        if event == "values":
+        if event in LARGE:
             self.size += len(to_json(published.data))
         self._wake()
         return published

@@ -44,7 +44,7 @@ def new_run_id() -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
-    # What is told while it works: any of "tokens", "tools", "messages", "values", "updates", "custom".
+    # What is told while it works: any of "tokens", "tools", and LangGraph's stream modes.
     stream: tuple[str, ...] = ()
     subgraphs: bool = False
     # Events are also kept in Redis for some minutes, so that any worker can replay them. A run that had to wait for its

@@ -10,7 +10,7 @@ from uuid import uuid4
 
 import orjson
 
-from agent.errors import InvalidRequest, NotFound, ThreadExists
+from agent.errors import InvalidRequest, NotFound, ThreadBusy, ThreadExists
 from agent.runs._langgraph import CHECKPOINT_TABLES
 from agent.runs.ledger import Ledger
 from agent.runs.quota import MEASURED, ROW_BYTES, Quota
@@ -44,6 +44,28 @@ FROM checkpoints c
 WHERE c.thread_id = %(thread)s AND c.checkpoint_ns = '' AND (%(at)s::text IS NULL OR c.checkpoint_id = %(at)s)
     AND (%(before)s::text IS NULL OR c.checkpoint_id < %(before)s) AND (%(metadata)s::jsonb IS NULL OR c.metadata @> %(metadata)s::jsonb)
 ORDER BY c.checkpoint_id DESC LIMIT %(limit)s
+"""
+# The thread's row is locked, so that no run begins meanwhile: a new one refers to it.
+KEEP_LATEST: LiteralString = """
+WITH mine AS (
+    SELECT thread_id FROM threads WHERE thread_id = %(thread)s AND owner = %(owner)s
+    AND NOT EXISTS (SELECT FROM runs WHERE runs.thread_id = threads.thread_id AND runs.status IN ('pending', 'running')) FOR UPDATE
+),
+latest AS (
+    SELECT c.thread_id, c.checkpoint_id, c.checkpoint FROM checkpoints c JOIN mine USING (thread_id)
+    WHERE c.checkpoint_ns = '' ORDER BY c.checkpoint_id DESC LIMIT 1
+),
+c AS (DELETE FROM checkpoints c USING latest l WHERE c.thread_id = l.thread_id AND c.checkpoint_ns = '' AND c.checkpoint_id < l.checkpoint_id),
+w AS (DELETE FROM checkpoint_writes w USING latest l WHERE w.thread_id = l.thread_id AND w.checkpoint_ns = '' AND w.checkpoint_id < l.checkpoint_id),
+b AS (
+    DELETE FROM checkpoint_blobs b USING latest l WHERE b.thread_id = l.thread_id AND b.checkpoint_ns = ''
+    AND NOT EXISTS (SELECT FROM jsonb_each_text(l.checkpoint->'channel_versions') v WHERE v.key = b.channel AND v.value = b.version)
+),
+p AS (
+    UPDATE checkpoints c SET parent_checkpoint_id = NULL FROM latest l
+    WHERE c.thread_id = l.thread_id AND c.checkpoint_ns = '' AND c.checkpoint_id = l.checkpoint_id
+)
+SELECT thread_id FROM mine
 """
 ORDERS: dict[SortBy, LiteralString] = {
     "thread_id": "thread_id",
@@ -144,6 +166,15 @@ class Threads:
                 await self._ledger.notify(f"cancel {run.run_id}")
             elif self._finished is not None:
                 await self._finished(owner, run.run_id, 0)
+
+    async def keep_latest(self, owner: str, thread_id: str) -> None:
+        """Delete a thread's history but its last state. Raises NotFound, and ThreadBusy."""
+        await self.get(owner, thread_id)
+        if not await self._database.rows(KEEP_LATEST, {"thread": thread_id, "owner": owner}):
+            raise ThreadBusy
+        query: LiteralString = f"UPDATE threads SET bytes = {MEASURED} WHERE thread_id = %s RETURNING bytes"
+        await self._database.rows(query, [thread_id])
+        self._quota.forget(owner)
 
     async def copy(self, owner: str, thread_id: str) -> Thread:
         """A new thread with the same history and metadata. Raises NotFound, StorageFull."""

@@ -1,21 +1,42 @@
 """Tools that a person must allow: the run stops before any tool of that step has run, and goes on with the answer."""
 
 from fnmatch import fnmatchcase
+from typing import Any
 
 from langchain_core.messages import ToolCall, ToolMessage
 from langgraph.errors import is_invalid_resume
 from langgraph.types import interrupt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from agent.errors import InvalidRequest
 
-EXPECTED = 'The answer to an approval must be {"approve": true} or {"approve": false, "reason": "..."}, and may name the call it is for with "id".'
+EXPECTED = (
+    'The answer to an approval must be {"approve": true} or {"approve": false, "reason": "..."}, and may name the call it is for with "id".'
+    ' {"decisions": [{"type": "approve"}]} and [{"type": "accept"}] are as good; arguments cannot be edited.'
+)
 
 
 class Approval(BaseModel):
-    """What a client answers when it is asked."""
+    """What a client answers when it is asked, in its own form or in those of LangChain's Agent Chat UI and Agent Inbox."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_other_forms(cls, value: Any) -> Any:
+        # Questions are asked one by one, so there is one decision.
+        match value:
+            case {"decisions": [decision], **rest} if not rest:
+                value = decision
+            case [decision]:
+                value = decision
+        match value:
+            case {"type": "approve" | "accept"}:
+                return {"approve": True}
+            case {"type": "reject" | "ignore" | "response"}:
+                reason = value.get("message") or value.get("args")
+                return {"approve": False, "reason": reason if isinstance(reason, str) else None}
+        return value
 
     approve: bool
     reason: str | None = Field(None, max_length=500)
