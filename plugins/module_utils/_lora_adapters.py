@@ -68,7 +68,7 @@ def rank_of(adapter: Adapter, described: Mapping[str, Any], files: Sequence[str]
     pattern = described.get("rank_pattern") or {}
     ranks = [described.get("r"), *(pattern.values() if isinstance(pattern, dict) else [pattern])]
     for rank in ranks:
-        if type(rank) is not int or not 1 <= rank <= RANKS[-1]:
+        if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= RANKS[-1]:
             raise refused(f"has the rank {plain(rank)}; allowed is 1 to {RANKS[-1]}.")
     return max(ranks)
 

@@ -260,9 +260,10 @@ def header(file: Path) -> dict[str, Any]:
 def place(tensor: Any, file: str) -> tuple[int, int]:
     """Return where a tensor begins and ends in its file, in bytes. Raises ModelError."""
     offsets = tensor.get("data_offsets") if isinstance(tensor, dict) else None
-    if not isinstance(offsets, list) or [type(offset) for offset in offsets] != [int, int] or not 0 <= offsets[0] <= offsets[1]:
+    numbers = [offset for offset in offsets if isinstance(offset, int) and not isinstance(offset, bool)] if isinstance(offsets, list) else []
+    if len(numbers) != 2 or len(offsets or []) != 2 or not 0 <= numbers[0] <= numbers[1]:
         raise ModelError(f"the header of {file} describes a tensor without its place.")
-    return offsets[0], offsets[1]
+    return numbers[0], numbers[1]
 
 
 def tensor_bytes(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> int:
