@@ -41,6 +41,7 @@ class ModelFiles:
     """`weight_bytes` is what the weights take when vLLM has loaded them, None if only the config can tell. `missing_bytes` are still to be fetched.
 
     `chat_template` is whether the model has one, None if nobody can tell. `small` are the files that describe it and its tokenizer.
+    `ahead_bytes` are those of tensors that vLLM loads for speculative decoding alone, which `weight_bytes` leave out.
     """
 
     config: dict[str, Any]
@@ -50,6 +51,7 @@ class ModelFiles:
     revision: str
     chat_template: bool | None = None
     small: tuple[str, ...] = ()
+    ahead_bytes: int = 0
 
 
 # Which layer of the text part a tensor belongs to, and heads that guess several tokens ahead, which vLLM loads for speculative decoding alone.
@@ -94,10 +96,37 @@ def check_weights(files: Iterable[str], names: Iterable[str], model: str, made_o
 def adapter_sentence(model: str, described: Mapping[str, Any]) -> str:
     base = described.get("base_model_name_or_path")
     named = f" for {base}" if isinstance(base, str) and base else ""
-    return (
-        f"{model} is an adapter (LoRA){named} and no model: serve the model, and the adapter with it by vllm_extra_arguments"
-        " (--enable-lora --lora-modules NAME=PATH)."
-    )
+    return f"{model} is an adapter (LoRA){named} and no model: serve the model as vllm_model, and the adapter with it by vllm_lora_adapters."
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """An adapter's adapter_config.json, the names of its files, and the bytes that are still to be fetched."""
+
+    described: dict[str, Any]
+    names: tuple[str, ...]
+    missing_bytes: int
+
+
+def find_adapter(source: str, revision: str, directories: Iterable[Path], hub: Hub | None) -> AdapterFiles:
+    """Return an adapter from a directory, else from a directory of models, else from the hub. Raises ModelError."""
+    own = [Path(source)] if source.startswith("/") else [directory / own_name(source, revision) for directory in directories]
+    for directory in own:
+        try:
+            described = parse_json((directory / "adapter_config.json").read_bytes(), f"adapter_config.json in {directory}")
+            return AdapterFiles(described, tuple(file.name for file in directory.iterdir()), 0)
+        except OSError:
+            continue
+    if source.startswith("/"):
+        raise ModelError(f"{source} has no adapter_config.json, so there is no adapter.")
+    if hub is None:
+        raise ModelError(f"{source} is in none of the directories given, and the hub is not to be asked.")
+    return hub.adapter(source, revision)
+
+
+def own_name(source: str, revision: str) -> str:
+    """Return how the role vllm names the directory of what it fetched."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "--", f"{source}@{revision or 'main'}")
 
 
 def small_files(sizes: Mapping[str, int]) -> tuple[str, ...]:
@@ -143,8 +172,7 @@ def in_cache(directory: Path, model: str, revision: str) -> Path | None:
         commit = reference.read_text().strip() if reference.is_file() else wanted
         if (repository / "snapshots" / commit / "config.json").is_file():
             return repository / "snapshots" / commit
-    # As the role vllm names them.
-    own = directory / re.sub(r"[^A-Za-z0-9._-]+", "--", f"{model}@{wanted}")
+    own = directory / own_name(model, revision)
     return own if (own / "config.json").is_file() else None
 
 
@@ -174,8 +202,11 @@ def read_directory(directory: Path, name: str) -> ModelFiles:
         files = own_weights(names)
         check_weights(files, names, name)
     small = small_files({file.name: file.stat().st_size for file in directory.iterdir() if file.is_file()})
-    weights = sum(tensor_bytes(header(directory / file), config) for file in files) if files else None
-    return ModelFiles(config, weights, 0, str(directory), "", has_template(directory), small)
+    headers = [header(directory / file) for file in files]
+    weights = sum(tensor_bytes(tensors, config) for tensors in headers) if files else None
+    left_out = [place(tensor, name) for tensors in headers for name, tensor in tensors.items() if unused(name, config)]
+    ahead = sum(end - start for start, end in left_out)
+    return ModelFiles(config, weights, 0, str(directory), "", has_template(directory), small, ahead)
 
 
 def has_template(directory: Path) -> bool | None:
@@ -229,9 +260,10 @@ def header(file: Path) -> dict[str, Any]:
 def place(tensor: Any, file: str) -> tuple[int, int]:
     """Return where a tensor begins and ends in its file, in bytes. Raises ModelError."""
     offsets = tensor.get("data_offsets") if isinstance(tensor, dict) else None
-    if not isinstance(offsets, list) or [type(offset) for offset in offsets] != [int, int] or not 0 <= offsets[0] <= offsets[1]:
+    numbers = [offset for offset in offsets if isinstance(offset, int) and not isinstance(offset, bool)] if isinstance(offsets, list) else []
+    if len(numbers) != 2 or len(offsets or []) != 2 or not 0 <= numbers[0] <= numbers[1]:
         raise ModelError(f"the header of {file} describes a tensor without its place.")
-    return offsets[0], offsets[1]
+    return numbers[0], numbers[1]
 
 
 def tensor_bytes(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> int:
@@ -259,14 +291,25 @@ class Hub:
         self.token = token
         self.timeout = timeout
 
-    def read(self, model: str, revision: str) -> ModelFiles:
-        """Return the model. Raises ModelError."""
+    def about(self, model: str, revision: str) -> tuple[dict[str, Any], str, dict[str, int]]:
+        """Return what the hub says about a repository, its commit, and the sizes of its files. Raises ModelError."""
         if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model, re.ASCII):
             raise ModelError(f"{model!r} is neither an id on the hub, such as Qwen/Qwen3-8B, nor an absolute path.")
         wanted = quote(revision or "main", safe="")
-        about = parse_json(self.get(f"/api/models/{model}/revision/{wanted}?blobs=true", model, revision), f"what the hub says about {model}")
-        commit = str(about.get("sha") or revision or "main")
-        sizes = sizes_of(about, model)
+        found = parse_json(self.get(f"/api/models/{model}/revision/{wanted}?blobs=true", model, revision), f"what the hub says about {model}")
+        return found, str(found.get("sha") or revision or "main"), sizes_of(found, model)
+
+    def adapter(self, source: str, revision: str) -> AdapterFiles:
+        """Return an adapter. Raises ModelError."""
+        _about, commit, sizes = self.about(source, revision)
+        if "adapter_config.json" not in sizes:
+            raise ModelError(f"{source} has no adapter_config.json on the hub, so it is no adapter.")
+        text = self.get(f"/{source}/resolve/{commit}/adapter_config.json", source, revision)
+        return AdapterFiles(parse_json(text, f"adapter_config.json of {source}"), tuple(sizes), sum(sizes.values()))
+
+    def read(self, model: str, revision: str) -> ModelFiles:
+        """Return the model. Raises ModelError."""
+        about, commit, sizes = self.about(model, revision)
         if "config.json" not in sizes:
             if "adapter_config.json" in sizes:
                 path = f"/{model}/resolve/{commit}/adapter_config.json"
@@ -287,12 +330,12 @@ class Hub:
             check_weights(files, sizes, model, base_of(about))
         weights = (sum(sizes[file] for file in files) - ahead) or None
         if weights is not None and not config.get("quantization_config"):
-            weights -= float32_bytes(about) // 2
+            weights = max(0, weights - float32_bytes(about) // 2)
         fetched = sum(size for file, size in sizes.items() if not (files and any(fnmatch.fnmatch(file, pattern) for pattern in OTHER_WEIGHTS)))
         template = True if any(name in sizes for name in TEMPLATE_FILES) else None
         if template is None and "tokenizer_config.json" in sizes:
             template = b'"chat_template"' in self.get(f"/{model}/resolve/{commit}/tokenizer_config.json", model, revision)
-        return ModelFiles(config, weights, fetched, self.url, commit, template, small_files(sizes))
+        return ModelFiles(config, weights, fetched, self.url, commit, template, small_files(sizes), ahead)
 
     def unused_bytes(self, index: bytes, config: Mapping[str, Any], where: str, model: str, revision: str) -> int:
         """Return the bytes of tensors that vLLM leaves out, from the headers of the few files that hold them. Without an answer none is left out."""

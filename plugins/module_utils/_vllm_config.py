@@ -100,6 +100,15 @@ def plain(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def overridden(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config.json with the values of `--hf-overrides` in place of its own, part by part."""
+    found = dict(config)
+    for name, value in changes.items():
+        before = found.get(name)
+        found[name] = overridden(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
+    return found
+
+
 class Config:
     """The part of a config.json that describes the model's text layers. Reading a value of a wrong type or size raises PlanError."""
 

@@ -35,7 +35,7 @@ from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_confi
     max_context,
     read_config,
 )
-from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_specs import Cache, Layer
+from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_specs import FULL, LATENT, Cache, Layer
 from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_weights import Parameters, Quantization
 
 __all__ = ["BLOCK", "GIB", "MIB", "PlanError", "UnknownArchitecture"]
@@ -147,8 +147,31 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Drafter:
+    """What guesses tokens ahead: the bytes of its weights, and its layers, which are a model's of its own or so many `heads` like the model's last."""
+
+    weights: int
+    shape: Shape | None = None
+    heads: int = 0
+
+    def caches(self, own: Sequence[Layer], cache: Cache) -> tuple[Layer, ...]:
+        """Return what its layers keep on one GPU, beside the model's `own`. Raises PlanError."""
+        if self.shape:
+            return self.shape.caches(cache)
+        return tuple(replace(layer, count=self.heads) for layer in own if self.heads and layer.kind in (FULL, LATENT))
+
+
+@dataclass(frozen=True)
 class Wish:
-    """What the user asks for. 0 means that the plan chooses. `pipeline` is how many hosts share the layers, `drafts` how many tokens are guessed ahead."""
+    """What the user asks for. 0 means that the plan chooses.
+
+    pipeline: how many hosts share the layers
+    drafts: how many tokens are guessed ahead, and `drafter` what guesses them
+    one_step: whether the next step is scheduled only when one is over
+    captured: the most requests of a CUDA graph
+    cache_bytes: the cache of one GPU, whatever is left
+    offloaded_bytes: weights of each GPU that the host's memory holds
+    """
 
     utilization: float = 0.9
     context: int = 0
@@ -161,6 +184,14 @@ class Wish:
     prefix_caching: bool = True
     drafts: int = 0
     block: int = 0
+    state_element: int = 0
+    one_step: bool = False
+    captured: int = 0
+    cache_bytes: int = 0
+    offloaded_bytes: int = 0
+    drafter: Drafter | None = None
+    loras: int = 0
+    lora_rank: int = 16
 
 
 @dataclass(frozen=True)
@@ -249,6 +280,24 @@ def read_shape(
     return shape
 
 
+def loaded_as(shape: Shape, disk_bytes: int | None, asked: str, element: int) -> tuple[Shape, int | None]:
+    """Return a model and the bytes of its weights as vLLM loads them: quantised while they are loaded, or in `element` bytes. Raises PlanError."""
+    if shape.quantization.name != "bf16":
+        return shape, disk_bytes
+    name, experts = _vllm_weights.ONLINE.get(asked, ""), _vllm_weights.ONLINE_EXPERTS.get(asked, "")
+    before = shape.weight_bytes()
+    if name:
+        changed = replace(shape, quantization=Quantization(name, 32 if name.startswith("mx") else 0, asked))
+        after = _vllm_weights.weight_bytes(shape.counted, changed.quantization)
+    elif experts:
+        # Its other layers stay as they are, so that it is not told apart from a model that is not quantised.
+        changed, quantization = shape, Quantization(experts, 16 if experts == "nvfp4" else 0, asked)
+        after = _vllm_weights.weight_bytes(shape.counted, quantization, experts_only=True)
+    else:
+        changed, after = shape, before * element // 2
+    return changed, math.ceil((before if disk_bytes is None else disk_bytes) * after / before)
+
+
 def asked_shape(read: Config, asked: Answer, methods: frozenset[str]) -> Shape:
     """Return the shape that vLLM itself said; what its files say of quantisation is read from them. Raises PlanError."""
     described = read.get("quantization_config")
@@ -309,18 +358,43 @@ def step_bytes(shape: Shape, tensor_parallel: int, batch: Batch, *, eager: bool 
     return max(compile_peak, activations, logits)
 
 
-def captured(requests: int) -> int:
+def captured(requests: int, limit: int = 0) -> int:
     """Return for how many sizes of a batch CUDA graphs are captured: 1, 2, 4, then every 8 and from 256 on every 16."""
-    most = min(MOST_CAPTURED, 2 * requests)
+    most = limit or min(MOST_CAPTURED, 2 * requests)
     return sum(size <= most for size in (1, 2, 4, *range(8, 256, 8), *range(256, MOST_CAPTURED + 1, 16)))
 
 
-def overhead_bytes(shape: Shape, tensor_parallel: int, batch: Batch, *, several: bool, eager: bool = False) -> int:
-    """Return what the engine takes on one GPU beside weights and cache."""
-    layers = int(GRAPH_BYTES_PER_LAYER * shape.layers * captured(batch.requests) / captured(MOST_CAPTURED))
+def overhead_bytes(shape: Shape, tensor_parallel: int, batch: Batch, *, several: bool, eager: bool = False, limit: int = 0) -> int:
+    """Return what the engine takes on one GPU beside weights and cache. `limit` are the most requests of a CUDA graph."""
+    layers = int(GRAPH_BYTES_PER_LAYER * shape.layers * captured(batch.requests, limit) / captured(MOST_CAPTURED))
     graphs = EAGER_BYTES if eager else GRAPH_BYTES + layers
     own = OWN_BYTES.get(shape.model_type, 0)
     return FIXED_BYTES + graphs + own + step_bytes(shape, tensor_parallel, batch, eager=eager) + (PARALLEL_BYTES if several else 0)
+
+
+def layer_bytes(shape: Shape) -> int:
+    """Return what the weights of one layer take, the mean. Raises PlanError."""
+    return (shape.weight_bytes() - 2 * shape.counted.embedding) // shape.layers if shape.quantization.sizable else 0
+
+
+def lora_bytes(shape: Shape, tensor_parallel: int, loras: int, rank: int) -> int:
+    """Return what vLLM sets aside on one GPU for adapters that are used at once, each of the largest rank.
+
+    Each linear layer has two matrices for each adapter: what comes in by the rank, and the rank by what goes out, of which one is shared out
+    (vllm/lora/layers). Adapters of experts are as many as those.
+    """
+    if not loras:
+        return 0
+    hidden, queries = shape.hidden, shape.hidden
+    keys = math.ceil(queries * shape.kv_heads / max(1, shape.heads))
+
+    def pair(whole: int, shared: int) -> int:
+        return whole + math.ceil(shared / tensor_parallel)
+
+    attention = 2 * pair(hidden, queries) + 2 * pair(hidden, keys)
+    width = shape.expert_intermediate if shape.experts else shape.intermediate
+    feed = 3 * pair(hidden, width) * max(1, shape.experts)
+    return loras * rank * 2 * (shape.layers * (attention + feed) + shape.vocabulary + hidden)
 
 
 # -------------------------------------------------------------------------------------------------------------- the verdict
@@ -413,10 +487,18 @@ def memory_on(shape: Shape, disk_bytes: int | None, gpu: Gpu, tensor_parallel: i
     default = default_batch(gpu)
     batch = Batch(wish.batch_tokens or default.tokens, wish.batch_requests or default.requests)
     weights = loaded_bytes(shape, disk_bytes, gpu) // tensor_parallel
-    overhead = overhead_bytes(shape, tensor_parallel, batch, several=tensor_parallel * wish.pipeline > 1, eager=wish.eager)
+    weights = max(0, weights + (wish.drafter.weights // tensor_parallel if wish.drafter else 0) - wish.offloaded_bytes)
+    overhead = overhead_bytes(shape, tensor_parallel, batch, several=tensor_parallel * wish.pipeline > 1, eager=wish.eager, limit=wish.captured)
+    overhead += lora_bytes(shape, tensor_parallel, wish.loras, wish.lora_rank)
     memory = int(wish.utilization * gpu.total) - weights - overhead
+    if wish.cache_bytes:
+        # vLLM then asks for no share of the memory, only whether it is there.
+        memory = min(wish.cache_bytes, gpu.total - weights - overhead)
     element = element_bytes(shape, wish, gpu)
-    layers = shape.caches(Cache(tensor_parallel, element))
+    cache = Cache(tensor_parallel, element, wish.state_element)
+    layers = shape.caches(cache)
+    if wish.drafter:
+        layers += wish.drafter.caches(layers, cache)
     pool = pool_of(layers, gpu, batch, wish, element)
     longest = longest_context(pool, memory, shape.max_context)
     context = wish.context or max(1, longest)
@@ -427,7 +509,8 @@ def memory_on(shape: Shape, disk_bytes: int | None, gpu: Gpu, tensor_parallel: i
 
 def pool_of(layers: Sequence[Layer], gpu: Gpu, batch: Batch, wish: Wish, element: int) -> Pool:
     # Two steps are in flight: vLLM schedules the next while one runs.
-    return kv_pool(layers, Engine(gpu.capability, wish.prefix_caching, 2 * batch.tokens, element == 1, wish.drafts, wish.block))
+    steps = 1 if wish.one_step else 2
+    return kv_pool(layers, Engine(gpu.capability, wish.prefix_caching, steps * batch.tokens, element == 1, wish.drafts, wish.block))
 
 
 def loaded_bytes(shape: Shape, disk_bytes: int | None, gpu: Gpu) -> int:
@@ -461,8 +544,10 @@ def _obstacle(shape: Shape, gpu: Gpu, tensor_parallel: int) -> str:
 
 
 def _shortage(memory: Memory, gpu: Gpu, tensor_parallel: int, wish: Wish, context: int) -> str:
-    budget = wish.utilization * gpu.total
-    where = f"{wish.utilization:g} of {gpu.total / GIB:.1f} GiB" + (f" on each of {tensor_parallel} GPUs" if tensor_parallel > 1 else "")
+    # With bytes for its cache, vLLM asks for no share of the memory.
+    share = 1.0 if wish.cache_bytes else wish.utilization
+    budget = share * gpu.total
+    where = f"{share:g} of {gpu.total / GIB:.1f} GiB" + (f" on each of {tensor_parallel} GPUs" if tensor_parallel > 1 else "")
     if memory.weights + memory.overhead >= budget:
         return (
             f"the weights take {memory.weights / GIB:.1f} GiB and the engine {memory.overhead / GIB:.1f} GiB, more than the {budget / GIB:.1f} GiB ({where})."
@@ -490,7 +575,7 @@ def _with_advice(shape: Shape, disk_bytes: int | None, plan: Plan, wish: Wish) -
         if element_bytes(shape, wish, gpu) == 2 and fits(kv_element_bytes=1):
             return replace(plan, advice="A KV cache in fp8 is enough (vllm_kv_cache_dtype: fp8, which is --kv-cache-dtype fp8).")
     offers = []
-    four_bit = _as_awq(shape)
+    four_bit = as_awq(shape)
     if shape.quantization.name in ("bf16", "fp8", "int8") and fits(model=four_bit, bytes_on_disk=None):
         offers.append(f"a 4 bit version of it (AWQ, about {four_bit.weight_bytes() * wish.pipeline / GIB:.0f} GiB)")
     more = next((count for count in (2, 4, 8, 16) if count > size and fits(gpus=count)), None)
@@ -505,5 +590,6 @@ def _with_advice(shape: Shape, disk_bytes: int | None, plan: Plan, wish: Wish) -
     return replace(plan, advice=f"What would fit: {', or '.join(offers)}." if offers else "No GPU known to this plan would fit it; a smaller model would.")
 
 
-def _as_awq(shape: Shape) -> Shape:
+def as_awq(shape: Shape) -> Shape:
+    """Return a model as it would be in 4 bits."""
     return replace(shape, quantization=Quantization("awq", 128, "awq"))

@@ -98,6 +98,38 @@ OUTSIDE = {
 }
 
 
+# What `--quantization` makes of weights that are not quantised, while they are loaded: linear layers and experts, or experts alone
+# (vllm/config/quantization.py, _ONLINE_SHORTHANDS).
+ONLINE = {"fp8": "fp8", "fp8_per_tensor": "fp8", "fp8_per_block": "fp8", "fp8_per_channel": "fp8", "mxfp8": "mxfp8", "mxfp4": "mxfp4"}
+ONLINE_EXPERTS = {"experts_int8": "int8", "int8_per_channel_weight_only": "int8", "nvfp4_per_token": "nvfp4"}
+# Names that vLLM takes for one another's files; `humming` are kernels for any of them.
+SAME = (
+    {"awq", "awq_marlin", "auto_awq", "moe_wna16", "inc"},
+    {"gptq", "gptq_marlin", "auto_gptq", "moe_wna16", "inc", "auto-round"},
+    {"mxfp4", "gpt_oss_mxfp4"},
+    {"modelopt", "modelopt_fp4", "modelopt_mxfp8", "modelopt_mixed"},
+    {"fp8", "deepseek_v4_fp8"},
+)
+# vLLM refuses these unless it is told otherwise (model_executor/layers/quantization/__init__.py).
+DEPRECATED = ("fbgemm_fp8", "fp_quant")
+
+
+def check_allowed(quantization: Quantization, asked: str, *, deprecated: bool) -> None:
+    """Raise PlanError for a quantisation that vLLM does not start with: `asked` is what --quantization says, or nothing."""
+    method = quantization.method
+    if (method in DEPRECATED or asked in DEPRECATED) and not deprecated:
+        name = method if method in DEPRECATED else asked
+        raise PlanError(f"vLLM has deprecated the quantisation {name}; --allow-deprecated-quantization in vllm_extra_arguments serves it all the same.")
+    if not asked:
+        return
+    if not method:
+        if asked not in (*ONLINE, *ONLINE_EXPERTS):
+            allowed = ", ".join(sorted({*ONLINE, *ONLINE_EXPERTS}))
+            raise PlanError(f"--quantization is {plain(asked)}, and the model's files are not quantised; allowed for them is {allowed}.")
+    elif asked not in (method, "humming") and not any({asked, method} <= names for names in SAME):
+        raise PlanError(f"--quantization is {plain(asked)}, and the model's files are quantised otherwise ({method}); allowed is to leave it out.")
+
+
 def _by_method(method: str, config: dict[str, Any], algorithm: str) -> tuple[str, int]:
     if method in ("awq", "gptq", "awq_marlin", "gptq_marlin", "auto_awq", "auto_gptq", "auto-round", "inc"):
         bits = _whole(config, "bits", "w_bit", default=4)
@@ -190,6 +222,11 @@ def read_parameters(config: Config) -> Parameters:
     side, side_embedding = _per_layer_inputs(config, layers, hidden)
     norms = layers * hidden * _norms(config) + hidden * (2 if config.get("parallel_attn") else 1)
     return Parameters(embedding + side_embedding, mixers + feed + side, small + routers + norms, experts)
+
+
+def heads_ahead(config: Config) -> int:
+    """Return how many layers the model's own head has that guesses tokens ahead. Raises PlanError."""
+    return config.number("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", default=1, most=100) or 1
 
 
 def _tied(config: Config) -> bool:

@@ -21,9 +21,9 @@ description:
     sets memory for CUDA graphs aside and 0.26 did not. What several GPUs need for talking to each other is an assumption.
 options:
   model:
-    description: Id on the hub, or the absolute path of a directory on the host.
+    description: Id on the hub, or the absolute path of a directory on the host. Needed unless O(suggest_for) is given.
     type: str
-    required: true
+    default: ""
   revision:
     description: Commit, tag or branch on the hub. Empty means its main branch.
     type: str
@@ -69,11 +69,46 @@ options:
     type: str
     choices: [auto, fp8, fp8_e4m3, fp8_e5m2, bfloat16, float16]
     default: auto
+  enforce_eager:
+    description: Whether vLLM captures no CUDA graphs, which leaves more memory and is slower.
+    type: bool
+    default: false
+  language_model_only:
+    description: Whether a model that also takes images or sound is loaded without what reads them.
+    type: bool
+    default: false
+  max_num_seqs:
+    description: How many requests run at once. 0 means vLLM's own choice for the GPU.
+    type: int
+    default: 0
+  max_num_batched_tokens:
+    description: How many tokens one step of the engine takes. 0 means vLLM's own choice for the GPU.
+    type: int
+    default: 0
+  quantization:
+    description:
+      - How weights that are not quantised are made smaller while they are loaded, for example V(fp8), or a name of what the model's files have anyway.
+        Empty means as they are.
+    type: str
+    default: ""
+  speculative_config:
+    description:
+      - Speculative decoding, as C(--speculative-config) takes it, with C(method), C(num_speculative_tokens) and, unless the model's own head guesses,
+        C(model). The weights and the cache of what guesses are in the plan.
+    type: dict
+    default: {}
+  lora_adapters:
+    description:
+      - LoRA adapters that are served beside the model, each with C(name), by which requests ask for it, C(source), an id on the hub or a directory of the
+        host, and C(revision) if it is not the main branch. What vLLM does not take is refused, and their memory is in the plan.
+    type: list
+    elements: dict
+    default: []
   extra_arguments:
     description:
-      - More arguments of C(vllm serve) with which the model will be started. Those that change what it needs are read as vLLM reads them -
-        C(--kv-cache-dtype), C(--enforce-eager), C(--max-num-seqs), C(--max-num-batched-tokens), C(--block-size), C(--enable-prefix-caching),
-        C(--language-model-only), C(--quantization) and C(--speculative-config).
+      - More arguments of C(vllm serve) with which the model will be started. They are read as vLLM reads them, and one that it does not have is refused.
+        Counted are those above, the sizes of the model's context, batch, blocks and GPUs, C(--dtype), C(--kv-cache-memory-bytes), C(--cpu-offload-gb),
+        C(--mamba-ssm-cache-dtype), C(--compilation-config), C(--enable-lora) and C(--hf-overrides).
     type: list
     elements: str
     default: []
@@ -92,6 +127,12 @@ options:
   asked_directory:
     description: Directory on the host in which vLLM's answers are kept, by image and by the model's files. Empty means that none is kept.
     type: path
+    default: ""
+  suggest_for:
+    description:
+      - GPUs that models of the catalogue are to be named for, best first - a size in GB or a name, and 1, 2, 4 or 8 before it, such as V(24), V(H100) or
+        V(4 x 80). The result then has RV(suggestions) and RV(suggestions_table) alone, and neither a hub nor a GPU is asked.
+    type: str
     default: ""
   unknown:
     description:
@@ -308,6 +349,20 @@ survey_table:
   type: list
   elements: str
   sample: []
+suggestions:
+  description:
+    - With O(suggest_for), the catalogue's models, those that fit first - C(model), C(fits), C(weights_gib), the longest C(context), how many C(users) have
+      C(at_context) tokens at once, C(tool_call_parser), C(gated), and what C(helps) where it does not fit.
+  returned: success
+  type: list
+  elements: dict
+  sample: []
+suggestions_table:
+  description: Those of RV(suggestions) that fit, as lines of a table.
+  returned: success
+  type: list
+  elements: str
+  sample: []
 fetching:
   description: What the weights take on the disk (C(disk_gib)), and seconds to fetch them at 1 Gbit/s and to read them from the disk.
   returned: success
@@ -327,22 +382,27 @@ swap:
   sample: {strategy: start, hold_seconds: 0.0, gpu_memory_utilization: 0.9, reason: nothing runs now}
 """
 
+import json  # noqa: E402
 import os  # noqa: E402
 import shutil  # noqa: E402
+from dataclasses import replace  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 from ansible.module_utils.basic import AnsibleModule  # noqa: E402
 from ansible_collections.selfhosted.agent_stack.plugins.module_utils import (  # noqa: E402
+    _lora_adapters,
     _model_files,
     _nvml,
     _vllm_arguments,
     _vllm_ask,
     _vllm_catalogue,
     _vllm_change,
+    _vllm_config,
     _vllm_plan,
     _vllm_specs,
     _vllm_survey,
+    _vllm_weights,
 )
 from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_config import GIB, MIB, PlanError, UnknownArchitecture  # noqa: E402
 
@@ -417,9 +477,7 @@ def model_arguments(
     plan: _vllm_plan.Plan, parsers: dict[str, str], family: dict[str, Any] | None, shape: _vllm_plan.Shape, params: dict[str, Any]
 ) -> list[str]:
     """Return what follows from the model and the kind of GPU, and not from what is free at the moment."""
-    arguments = []
-    if params["kv_cache_dtype"] != "auto":
-        arguments += ["--kv-cache-dtype", params["kv_cache_dtype"]]
+    arguments = own_arguments(params)
     if 0 < plan.gpu.capability < _vllm_plan.BF16_CAPABILITY and shape.quantization.name == "bf16":
         arguments += ["--dtype", "half"]
     if family and family["tokenizer_mode"]:
@@ -467,8 +525,6 @@ def warnings_of(
         found.append("What several GPUs need for talking to each other is an assumption (1 GiB each), not measured.")
     if 0 < plan.gpu.capability < _vllm_plan.FP8_CAPABILITY and shape.quantization.name == "fp8":
         found.append(f"The {plan.gpu.name} does not compute in FP8; the weights stay small, and the speed is that of 16 bits.")
-    if params["read"].drafts:
-        found.append("Speculative decoding is counted by the states of its drafts; what a draft's own weights take is not in the plan.")
     if swap.strategy == "sleep" and shape.quantization.name in ("awq", "gptq", "int4"):
         found.append("vLLM 0.26 miscounted a 4 bit 70B model in sleep mode and ran out of memory at a utilisation of 0.9; try a lower one first.")
     return found
@@ -513,7 +569,7 @@ def asked(params: dict[str, Any], files: _model_files.ModelFiles, hub: _model_fi
     return _vllm_ask.ask(shutil.which("docker"), params["image"], params["asker"], small, numbers, kept)
 
 
-def wish_of(params: dict[str, Any]) -> _vllm_plan.Wish:
+def wish_of(params: dict[str, Any], drafter: _vllm_plan.Drafter | None = None) -> _vllm_plan.Wish:
     """Return what was asked for. More arguments of `vllm serve` stand last there, and count. Raises PlanError."""
     read = params["read"]
     dtype = read.kv_cache_dtype or params["kv_cache_dtype"]
@@ -522,14 +578,93 @@ def wish_of(params: dict[str, Any]) -> _vllm_plan.Wish:
         context=params["max_model_len"],
         tensor_parallel=params["tensor_parallel_size"],
         pipeline=params["pipeline_parallel_size"],
-        kv_element_bytes=_vllm_arguments.KV_CACHE_DTYPES[dtype],
+        kv_element_bytes=_vllm_arguments.KV_CACHE_DTYPES[dtype] or (4 if read.element == 4 else 0),
         batch_tokens=read.tokens,
         batch_requests=read.requests,
         eager=read.eager,
         prefix_caching=read.prefix_caching,
-        drafts=read.drafts,
+        drafts=read.draft.tokens,
         block=read.block,
+        state_element=read.state_element,
+        one_step=read.one_step,
+        captured=read.captured,
+        cache_bytes=read.cache_bytes,
+        offloaded_bytes=read.offloaded_bytes,
+        drafter=drafter,
+        loras=read.loras,
+        lora_rank=read.lora_rank,
     )
+
+
+def with_arguments(params: dict[str, Any]) -> dict[str, Any]:
+    """Return the parameters as the arguments of `vllm serve` change them, which stand last there. Raises PlanError."""
+    known = [] if params["unknown"] == "serve" else params["registry"].get("arguments", [])
+    read = _vllm_arguments.read_arguments(own_arguments(params) + params["extra_arguments"], known)
+    changed: dict[str, Any] = {"read": read}
+    if read.context:
+        changed["max_model_len"] = max(0, read.context)
+    if read.utilization:
+        changed["gpu_memory_utilization"] = read.utilization
+    if read.tensor_parallel:
+        changed["tensor_parallel_size"] = read.tensor_parallel
+    if read.pipeline_parallel:
+        changed["pipeline_parallel_size"] = read.pipeline_parallel
+    return params | changed
+
+
+def own_arguments(params: dict[str, Any]) -> list[str]:
+    """Return the arguments of `vllm serve` that options of their own stand for. Raises PlanError."""
+    arguments = []
+    if params["kv_cache_dtype"] != "auto":
+        arguments += ["--kv-cache-dtype", params["kv_cache_dtype"]]
+    for name in ("enforce_eager", "language_model_only"):
+        arguments += [f"--{name.replace('_', '-')}"] if params[name] else []
+    for name in ("max_num_seqs", "max_num_batched_tokens"):
+        if params[name] < 0:
+            raise PlanError(f"{name} is {params[name]}; allowed is a whole number from 1, or 0 for vLLM's own.")
+        arguments += [f"--{name.replace('_', '-')}", str(params[name])] if params[name] else []
+    if params["quantization"]:
+        arguments += ["--quantization", params["quantization"]]
+    arguments += _lora_adapters.arguments_of(params.get("lora_ranks", []))
+    if params["speculative_config"]:
+        arguments += ["--speculative-config", json.dumps(params["speculative_config"], sort_keys=True)]
+    return arguments
+
+
+def adapters_of(params: dict[str, Any], hub: _model_files.Hub | None) -> tuple[list[int], list[str], int]:
+    """Return the ranks of the adapters, warnings, and the bytes that are still to be fetched. Raises PlanError and ModelError."""
+    ranks, strange, missing = [], [], 0
+    for adapter in _lora_adapters.read_adapters(params["lora_adapters"]):
+        files = _model_files.find_adapter(adapter.source, adapter.revision, [Path(path) for path in params["directories"]], hub)
+        ranks.append(_lora_adapters.rank_of(adapter, files.described, files.names))
+        strange.append(_lora_adapters.strange_base(adapter, files.described, params["model"]))
+        missing += files.missing_bytes
+    return ranks, [sentence for sentence in strange if sentence], missing
+
+
+def on_host(path: str, params: dict[str, Any]) -> str:
+    """Return where a directory of the server's container is on the host: the container has the directory of models at /models."""
+    inside = path.removeprefix("/models/")
+    parents = [os.path.dirname(params["model"]), *params["directories"]] if params["model"].startswith("/") else params["directories"]
+    return next((str(Path(parent) / inside) for parent in parents if inside != path and (Path(parent) / inside).is_dir()), path)
+
+
+def drafter_of(
+    params: dict[str, Any], shape: _vllm_plan.Shape, files: _model_files.ModelFiles, hub: _model_files.Hub | None
+) -> tuple[_vllm_plan.Drafter | None, str]:
+    """Return what guesses tokens ahead, and a warning where its size is not known. Raises PlanError."""
+    draft = params["read"].draft
+    if not draft.tokens or draft.method in _vllm_arguments.WITHOUT_A_DRAFT:
+        return None, ""
+    if draft.model and draft.model != params["model"]:
+        try:
+            found = _model_files.find_model(on_host(draft.model, params), draft.revision, [Path(path) for path in params["directories"]], hub)
+            own = _vllm_plan.read_shape(found.config, serve_unknown=True)
+            return _vllm_plan.Drafter(own.weight_bytes() if found.weight_bytes is None else found.weight_bytes, own), ""
+        except (PlanError, _model_files.ModelError) as error:
+            return None, f"What guesses tokens ahead is not in the plan: {error}"
+    heads = _vllm_weights.heads_ahead(shape.config)
+    return _vllm_plan.Drafter(files.ahead_bytes or _vllm_plan.layer_bytes(shape) * heads, heads=heads), ""
 
 
 def layers_of(shape: _vllm_plan.Shape, plan: _vllm_plan.Plan, params: dict[str, Any]) -> list[dict[str, Any]]:
@@ -549,27 +684,52 @@ def first_that_fits(surveyed: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"name": kind.example, "total_mib": kind.total_mib, "compute_capability": kind.capability}] * int(row["gpus"])
 
 
+def make_suggestions(params: dict[str, Any]) -> dict[str, Any]:
+    """Return what of the catalogue some GPUs carry. Raises PlanError."""
+    families = params["catalogue"].get("families", [])
+    models = []
+    for entry in params["catalogue"].get("models", []):
+        shape = _vllm_plan.read_shape(entry["config"])
+        family = _vllm_catalogue.match_family(families, entry["id"], shape.architecture)
+        models.append((entry, shape, family["tool_call_parser"] if family else ""))
+    rows = _vllm_survey.suggest(models, _vllm_survey.gpus_named(params["suggest_for"]), wish_of(params))
+    return {"suggestions": rows, "suggestions_table": _vllm_survey.suggestions_table(rows)}
+
+
 def make_result(params: dict[str, Any], *, check_mode: bool = False) -> dict[str, Any]:
     """Return the module's result. Raises PlanError or ModelError."""
     catalogue = params["catalogue"]
     hub = _model_files.Hub(params["hub_url"], params["token"], params["timeout"]) if params["hub_url"] else None
     if not 0 < params["gpu_memory_utilization"] <= 1:
         raise PlanError(f"the utilisation is {params['gpu_memory_utilization']:g}; allowed is more than 0 and at most 1.")
-    params = params | {"read": _vllm_arguments.read_arguments(params["extra_arguments"])}
+    ranks, strange, adapter_bytes = adapters_of(params, hub)
+    params = with_arguments(params | {"lora_ranks": ranks})
+    if params["suggest_for"]:
+        return make_suggestions(params)
+    if not params["model"]:
+        raise PlanError("model is empty; allowed is an id on the hub, such as Qwen/Qwen3-8B, or the absolute path of a directory.")
     files = _model_files.find_model(params["model"], params["revision"], [Path(path) for path in params["directories"]], hub)
+    files = replace(files, config=_vllm_config.overridden(files.config, params["read"].overrides))
     given = params["gpus"] or ([] if params["survey"] else host_gpus(params["timeout"]))
     params = params | {"gpus": given}
     shape, pending = shape_of(params, files, hub, check_mode=check_mode)
+    _vllm_weights.check_allowed(shape.quantization, params["read"].quantization, deprecated=params["read"].deprecated)
+    drafter, not_counted = drafter_of(params, shape, files, hub)
+    unloaded = shape
+    shape, loaded = _vllm_plan.loaded_as(shape, files.weight_bytes, params["read"].quantization, params["read"].element)
     name = os.path.basename(params["model"].rstrip("/")) if params["model"].startswith("/") else params["model"]
     family = _vllm_catalogue.match_family(catalogue.get("families", []), name, shape.architecture)
     parsers = parsers_of(params, family)
-    surveyed = _vllm_survey.survey(shape, files.weight_bytes, wish_of(params)) if params["survey"] else []
+    surveyed = _vllm_survey.survey(shape, loaded, wish_of(params, drafter)) if params["survey"] else []
     gpus = gpus_of(first_that_fits(surveyed) if surveyed else given)
-    wish = wish_of(params | ({"tensor_parallel_size": len(gpus)} if surveyed else {}))
-    plan = _vllm_plan.make_plan(shape, files.weight_bytes, gpus, wish)
+    wish = wish_of(params | ({"tensor_parallel_size": len(gpus)} if surveyed else {}), drafter)
+    plan = _vllm_plan.make_plan(shape, loaded, gpus, wish)
+    copies = params["read"].data_parallel
+    if copies * plan.tensor_parallel > len(gpus) and not surveyed:
+        raise PlanError(f"--data-parallel-size is {copies}, and each copy takes {plan.tensor_parallel} of the {len(gpus)} GPUs; allowed is no more than fit.")
     serving = _vllm_change.read_serving(params["serving"], params["model"], plan.gpu.total_mib)
     swap = _vllm_change.plan_swap(plan, serving, host_free_mib=host_free_mib(), timings=_vllm_change.Timings())
-    disk, no_room = disk_of(params["disk_path"], files.missing_bytes)
+    disk, no_room = disk_of(params["disk_path"], files.missing_bytes + adapter_bytes)
     memory = plan.memory
     for_model = model_arguments(plan, parsers, family, shape, params)
     blocked = swap.reason if plan.fits and swap.strategy == "none" else ""
@@ -580,7 +740,7 @@ def make_result(params: dict[str, Any], *, check_mode: bool = False) -> dict[str
             faster["environment"].update(entry["environment"])
     together = plan.tensor_parallel * params["pipeline_parallel_size"]
     on = "1 GPU" if together == 1 else f"each of {together} GPUs"
-    warnings = ([pending] if pending else []) + warnings_of(plan, swap, shape, family, params, files)
+    warnings = [sentence for sentence in (pending, not_counted, *strange) if sentence] + warnings_of(plan, swap, shape, family, params, files)
     # A guess refuses nothing.
     guessed = not shape.known and not plan.fits and (params["unknown"] == "serve" or bool(pending))
     if guessed:
@@ -624,7 +784,7 @@ def make_result(params: dict[str, Any], *, check_mode: bool = False) -> dict[str
         },
         "survey": surveyed,
         "survey_table": _vllm_survey.table(surveyed) if surveyed else [],
-        "fetching": _vllm_survey.fetching(files.weight_bytes, shape, _vllm_change.Timings().read_gib_per_second),
+        "fetching": _vllm_survey.fetching(files.weight_bytes, unloaded, _vllm_change.Timings().read_gib_per_second),
         "disk": disk,
         "swap": {
             "strategy": "none" if no_room else swap.strategy,
@@ -638,7 +798,8 @@ def make_result(params: dict[str, Any], *, check_mode: bool = False) -> dict[str
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
-            "model": {"type": "str", "required": True},
+            "model": {"type": "str", "default": ""},
+            "suggest_for": {"type": "str", "default": ""},
             "revision": {"type": "str", "default": ""},
             "directories": {"type": "list", "elements": "path", "default": []},
             "hub_url": {"type": "str", "default": "https://huggingface.co"},
@@ -649,6 +810,13 @@ def main() -> None:
             "tensor_parallel_size": {"type": "int", "default": 0},
             "pipeline_parallel_size": {"type": "int", "default": 1},
             "kv_cache_dtype": {"type": "str", "choices": ["auto", "fp8", "fp8_e4m3", "fp8_e5m2", "bfloat16", "float16"], "default": "auto"},
+            "enforce_eager": {"type": "bool", "default": False},
+            "language_model_only": {"type": "bool", "default": False},
+            "max_num_seqs": {"type": "int", "default": 0},
+            "max_num_batched_tokens": {"type": "int", "default": 0},
+            "quantization": {"type": "str", "default": ""},
+            "speculative_config": {"type": "dict", "default": {}},
+            "lora_adapters": {"type": "list", "elements": "dict", "default": []},
             "extra_arguments": {"type": "list", "elements": "str", "default": []},
             "survey": {"type": "bool", "default": False},
             "image": {"type": "str", "default": ""},

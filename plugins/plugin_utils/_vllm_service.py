@@ -24,6 +24,7 @@ from ._topology import Topology
 # The user inside the container, which owns the models and the caches on the host.
 UID = 10001
 CACHE = "/cache"
+ADAPTERS = "/adapters"
 SOCKET = "/run/vllm/api.sock"
 # Ports from `vllm_node_port` on, of which a model that several hosts share takes one.
 NODE_PORTS = 1000
@@ -62,6 +63,7 @@ class Settings:
     tool_call_parser: str
     reasoning_parser: str
     extra_arguments: tuple[str, ...]
+    lora_adapters: tuple[Mapping[str, str], ...]
     sleep_mode: bool
     swap_strategy: str
     optimize_for: str
@@ -78,8 +80,9 @@ class Settings:
         """The model's directory inside the container. Two models, or two revisions of one, never share it."""
         if self.from_path:
             return f"/models/{os.path.basename(self.model)}"
-        source = self.model_package or f"{self.model}@{self.model_revision or 'main'}"
-        return f"/models/{re.sub('[^A-Za-z0-9._-]+', '--', source)}"
+        if self.model_package:
+            return f"/models/{re.sub('[^A-Za-z0-9._-]+', '--', self.model_package)}"
+        return f"/models/{directory_name(self.model, self.model_revision)}"
 
 
 # Variables that are named otherwise than their field.
@@ -109,9 +112,11 @@ def _read(variable: str, value: Any, kind: str) -> Any:
             return boolean(value)
         if kind == "str":
             return str(value)
+        if isinstance(value, (list, tuple)) and "Mapping" in kind:
+            return tuple({str(key): str(text) for key, text in entry.items()} for entry in value)
         if isinstance(value, (list, tuple)):
             return tuple(str(entry) for entry in value)
-    except (TypeError, ValueError):
+    except (AttributeError, TypeError, ValueError):
         pass
     allowed = {"int": "a whole number", "float": "a number", "bool": "true or false"}.get(kind, "a list")
     raise SettingsError(f"{variable} is {value!r}; allowed is {allowed}.")
@@ -201,7 +206,13 @@ def _model_and_arguments(settings: Settings, plan: Mapping[str, Any]) -> list[st
     if settings.sleep_mode:
         # With sleep mode the server gives its memory back while another model serves, and takes it again within a second.
         arguments += ["--enable-sleep-mode"]
-    return [*arguments, *_parser_arguments(settings, plan), *_faster(settings, plan).get("arguments", []), *settings.extra_arguments]
+    return [
+        *arguments,
+        *_parser_arguments(settings, plan),
+        *_adapter_arguments(settings, plan),
+        *_faster(settings, plan).get("arguments", []),
+        *settings.extra_arguments,
+    ]
 
 
 def _parser_arguments(settings: Settings, plan: Mapping[str, Any]) -> list[str]:
@@ -214,6 +225,26 @@ def _parser_arguments(settings: Settings, plan: Mapping[str, Any]) -> list[str]:
     if settings.reasoning_parser not in ("", "auto"):
         arguments += ["--reasoning-parser", settings.reasoning_parser]
     return arguments
+
+
+def _adapter_arguments(settings: Settings, plan: Mapping[str, Any]) -> list[str]:
+    """Return the adapters by name. What they need is in the plan; without one vLLM's own rank is enough or `extra_arguments` says another."""
+    if not settings.lora_adapters:
+        return []
+    planned = [] if "model_arguments" in plan else ["--enable-lora", "--max-loras", str(len(settings.lora_adapters))]
+    return [*planned, "--lora-modules", *(f"{adapter['name']}={ADAPTERS}/{adapter['name']}" for adapter in settings.lora_adapters)]
+
+
+def adapter_directory(settings: Settings, adapter: Mapping[str, str]) -> str:
+    """Return where an adapter is on the host: the directory that it is, or that it is fetched into."""
+    if adapter["source"].startswith("/"):
+        return adapter["source"]
+    return f"{settings.data}/models/{directory_name(adapter['source'], adapter.get('revision', ''))}"
+
+
+def directory_name(source: str, revision: str) -> str:
+    """Return the directory of something of the hub. Two models, or two revisions of one, never share it."""
+    return re.sub("[^A-Za-z0-9._-]+", "--", f"{source}@{revision or 'main'}")
 
 
 def _faster(settings: Settings, plan: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -261,6 +292,7 @@ def _environment(settings: Settings, plan: Mapping[str, Any]) -> dict[str, Any]:
 def _volumes(settings: Settings, topology: Topology) -> list[str]:
     models = os.path.dirname(settings.model) if settings.from_path else f"{settings.data}/models"
     volumes = [f"{models}:/models:ro", f"{cache_directory(settings)}:{CACHE}"]
+    volumes += [f"{adapter_directory(settings, adapter)}:{ADAPTERS}/{adapter['name']}:ro" for adapter in settings.lora_adapters]
     if topology.shared:
         volumes.append(f"{settings.root}/vllm/nodes:/etc/agent-stack:ro")
     return volumes
@@ -287,6 +319,21 @@ def fetch_command(settings: Settings) -> list[str]:
     return command
 
 
+def adapter_fetch_commands(settings: Settings) -> dict[str, list[str]]:
+    """Return the command that fetches each adapter of the hub, by the name of its service; one that is a directory of the host is not fetched."""
+    found = {}
+    for adapter in settings.lora_adapters:
+        if adapter["source"].startswith("/"):
+            continue
+        revision = adapter.get("revision", "")
+        directory = f"/models/{directory_name(adapter['source'], revision)}"
+        command = ["python3", "/etc/agent-stack/fetch_model.py", "--to", directory, "--hub", adapter["source"]]
+        command += ["--revision", revision] if revision else []
+        command += ["--token-file", "/run/secrets/hf_token"] if settings.hf_token else []
+        found[f"fetch-adapter-{adapter['name'].lower()}"] = command
+    return found
+
+
 def strategy(settings: Settings, topology: Topology, plan: Mapping[str, Any]) -> str:
     """Return how this model and the one that serves share the memory.
 
@@ -307,6 +354,7 @@ def describe(settings: Settings, topology: Topology, plan: Mapping[str, Any]) ->
     definition: the Compose service
     cache: the host's directory of what the server compiles
     fetch: the command that fetches the model
+    adapters: the commands that fetch adapters, by the names of their services
     follower: name of a follower's Compose project; empty where no hosts share the model
     strategy, side_by_side_utilization, weights_mib, tool_call: options of the module vllm_swap
     """
@@ -315,6 +363,7 @@ def describe(settings: Settings, topology: Topology, plan: Mapping[str, Any]) ->
         "definition": definition(settings, topology, plan),
         "cache": cache_directory(settings),
         "fetch": fetch_command(settings),
+        "adapters": adapter_fetch_commands(settings),
         "follower": f"vllm-{meeting_port(settings, plan)}" if topology.shared else "",
         "strategy": strategy(settings, topology, plan),
         "side_by_side_utilization": planned if settings.swap_strategy == "auto" else 0,

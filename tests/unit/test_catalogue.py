@@ -19,6 +19,7 @@ from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_catal
     match_family,
     plain_name,
 )
+from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_survey import KINDS
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = Path(__file__).parent / "data" / "models"
@@ -236,6 +237,40 @@ def test_profiles_carry_several_contexts(profile: dict[str, Any]) -> None:
     plan = plan_of.make_plan(shape(entry["shape"]), None, gpus, wish)
     assert plan.fits, plan.reason
     assert plan.memory.contexts >= 3
+
+
+def test_the_readme_shows_the_profiles() -> None:
+    """Row by row, as the plan says it now: for each size of GPU that people have, and for several."""
+    rows = []
+    for profile in CATALOGUE["profiles"]:
+        entry = next(model for model in CATALOGUE["models"] if model["id"] == profile["model"])
+        gpus = [plan_of.Gpu("GPU", profile["total_mib"], profile["total_mib"], profile["capability"])] * profile["gpus"]
+        wish = plan_of.Wish(profile["gpu_memory_utilization"], profile["max_model_len"], profile["gpus"])
+        at_once = plan_of.make_plan(shape(entry["shape"]), None, gpus, wish).memory.contexts
+        rows.append(f"| {profile['name']} | `{profile['model']}` | {profile['max_model_len']:,} | {at_once:.1f} |")
+    readme = (ROOT / "roles" / "vllm" / "README.md").read_text()
+    assert "\n".join(rows) in readme
+    assert [profile["name"] for profile in CATALOGUE["profiles"]] == [
+        *(f"{gb} GB" for gb in (16, 24, 32, 48, 80, 96, 141)),
+        *(f"{n} x 80 GB" for n in (2, 4, 8)),
+    ]
+    totals = {f"{kind.gb} GB": kind.total_mib for kind in KINDS}
+    assert {profile["total_mib"] for profile in CATALOGUE["profiles"] if totals[profile["name"].rpartition("x ")[2]] != profile["total_mib"]} == set()
+
+
+@pytest.mark.parametrize("profile", CATALOGUE["profiles"], ids=lambda profile: profile["name"])
+def test_profiles_call_tools(profile: dict[str, Any]) -> None:
+    entry = next(model for model in CATALOGUE["models"] if model["id"] == profile["model"])
+    family = match_family(CATALOGUE["families"], entry["id"], shape(entry["shape"]).architecture)
+    assert family is not None
+    assert family["tool_call_parser"]
+    assert not entry["gated"]
+
+
+def test_the_suggested_models_are_shipped() -> None:
+    """The directory of the tests links to the files that the playbook reads, so that both are one."""
+    for entry in CATALOGUE["models"]:
+        assert (MODELS / f"{entry['shape']}.json").resolve() == ROOT / "roles" / "vllm" / "files" / "models" / f"{entry['shape']}.json"
 
 
 def test_keys_are_read_without_importing() -> None:

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
+import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible_collections.selfhosted.agent_stack.plugins.module_utils._model_files import INDEX, Hub, ModelError, find_model, read_directory
+from ansible_collections.selfhosted.agent_stack.plugins.module_utils import _model_files
+from ansible_collections.selfhosted.agent_stack.plugins.module_utils._model_files import (
+    INDEX,
+    SMALL_LIMIT,
+    Hub,
+    ModelError,
+    find_model,
+    read_directory,
+    read_small,
+    small_files,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 2}
 
@@ -121,6 +136,7 @@ class FakeHub(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     seen: list[tuple[str, str | None]]
     files: dict[str, bytes]
+    about: bytes | None
     elsewhere: str
     url: str
 
@@ -140,6 +156,22 @@ class FakeHub(BaseHTTPRequestHandler):
             self.reply(500, b"")
         elif "/html/" in path:
             self.reply(200, b"<html>")
+        elif "/drops/" in path:
+            self.send_response(200)
+            self.end_headers()
+            for _ in range(100):
+                self.wfile.write(b" ")
+                time.sleep(0.05)
+        elif "/silent/" in path:
+            time.sleep(3)
+        elif "/cut/" in path:
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b"{")
+            self.close_connection = True
+        elif self.about is not None and path.startswith("/api/models/"):
+            self.reply(200, self.about)
         elif path.startswith("/api/models/"):
             siblings = [{"rfilename": name, "size": len(content)} for name, content in self.files.items()]
             about = {"sha": "c0ffee", "siblings": siblings, "safetensors": {"parameters": {"BF16": 100, "F32": 50}}}
@@ -163,7 +195,7 @@ def hub() -> Iterator[type[FakeHub]]:
     class Running(FakeHub):
         pass
 
-    Running.seen, Running.elsewhere = [], ""
+    Running.seen, Running.elsewhere, Running.about = [], "", None
     Running.files = {
         "config.json": json.dumps(CONFIG).encode(),
         INDEX: json.dumps({"weight_map": {"w": "model-1.safetensors", "v": "model-2.safetensors"}}).encode(),
@@ -183,7 +215,7 @@ def hub() -> Iterator[type[FakeHub]]:
 
 
 def asked(hub: Any, name: str, token: str = "", revision: str = "") -> Any:
-    asking = Hub(hub.url, "", 2)
+    asking = Hub(hub.url, "", 20)
     asking.token = token  # over http only here, see test_a_token_is_only_sent_over_https
     return find_model(name, revision, [], asking)
 
@@ -206,6 +238,7 @@ def test_the_hub_is_asked_for_sizes_and_not_for_weights(hub: Any) -> None:
         ("owner/name", "", "nope", "owner/name has no revision nope on the hub."),
         ("broken/name", "", "", "answered 500 about broken/name."),
         ("html/name", "", "", "what the hub says about html/name is not JSON."),
+        ("cut/name", "", "", "cut/name"),
         ("../../etc", "", "", "'../../etc' is neither an id on the hub, such as Qwen/Qwen3-8B, nor an absolute path."),
         ("owner/name?x", "", "", "is neither an id on the hub"),
     ],
@@ -214,6 +247,71 @@ def test_what_the_hub_refuses(hub: Any, name: str, token: str, revision: str, sa
     with pytest.raises(ModelError) as error:
         asked(hub, name, token, revision)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "slowest", "timeout", "said"),
+    [
+        # Each drop in time, and all of them not.
+        ("drops/name", 0.2, 2.0, "is too slow: it did not tell about drops/name within 0.4 s."),
+        ("silent/name", 4, 0.3, "about silent/name: "),
+    ],
+)
+def test_a_slow_hub(hub: Any, monkeypatch: pytest.MonkeyPatch, name: str, slowest: float, timeout: float, said: str) -> None:
+    monkeypatch.setattr(_model_files, "SLOWEST", slowest)
+    with pytest.raises(ModelError) as error:
+        Hub(hub.url, "", timeout).read(name, "")
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("about", "said"),
+    [
+        (b"[" * 100_000, "what the hub says about owner/name is not JSON."),
+        (b'{"siblings": 7}', "what the hub says about owner/name does not list its files."),
+        (b'{"siblings": [7]}', "what the hub says about owner/name does not list its files."),
+        (b'{"siblings": [{"rfilename": ["config.json"]}]}', "what the hub says about owner/name does not list its files."),
+        (b'{"siblings": [{"rfilename": "README.md", "size": "large"}]}', "owner/name has no config.json on the hub"),
+    ],
+)
+def test_a_hub_that_says_something_else(hub: Any, about: bytes, said: str) -> None:
+    hub.about = about
+    with pytest.raises(ModelError) as error:
+        asked(hub, "owner/name")
+    assert said in str(error.value)
+
+
+ANY = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-(10**20), 10**20), st.floats(), st.text(max_size=5)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(["rfilename", "size", "parameters", "F32", "a"]), inner, max_size=3)),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(st.fixed_dictionaries({}, optional=dict.fromkeys(("sha", "siblings", "safetensors", "cardData"), ANY)), ANY, ANY)
+def test_no_answer_of_a_hub_ends_in_a_traceback(about: Any, index: Any, config: Any) -> None:
+    """Its description of the repository, the index and config.json, whatever JSON they are."""
+    files = [{"rfilename": name, "size": 10} for name in ("config.json", INDEX, "model-1.safetensors")]
+
+    def get(path: str, model: str, revision: str, part: tuple[int, int] | None = None) -> bytes:
+        if path.startswith("/api/"):
+            return json.dumps({"siblings": files} | about).encode()
+        return json.dumps(index if path.endswith(INDEX) else config).encode()
+
+    asking = Hub("http://hub", "", 1)
+    asking.get = get
+    with contextlib.suppress(ModelError):
+        asking.read("owner/name", "")
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(st.dictionaries(st.text(max_size=3), st.one_of(ANY, st.fixed_dictionaries({"data_offsets": st.lists(ANY, max_size=3)})), max_size=3))
+def test_no_header_ends_in_a_traceback(tensors: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory() as directory, contextlib.suppress(ModelError):
+        text = json.dumps(tensors).encode()
+        model(Path(directory), model__safetensors=struct.pack("<Q", len(text)) + text)
+        read_directory(Path(directory), "m")
 
 
 def test_a_gated_model_with_the_right_token(hub: Any) -> None:
@@ -255,7 +353,7 @@ def test_a_token_is_only_sent_over_https() -> None:
 def test_an_interrupted_fetch_is_completed_from_the_hub(tmp_path: Path, hub: Any) -> None:
     cached = sharded(tmp_path / "owner--name--main")
     (cached / "model-00002-of-00002.safetensors").unlink()
-    assert find_model("owner/name", "", [tmp_path], Hub(hub.url, "", 2)).weight_bytes == 1300
+    assert find_model("owner/name", "", [tmp_path], Hub(hub.url, "", 20)).weight_bytes == 1300
     with pytest.raises(ModelError, match="names 1 files that are not there"):
         find_model("owner/name", "", [tmp_path], None)
 
@@ -303,3 +401,20 @@ def test_whether_there_is_a_chat_template(tmp_path: Path, files: dict[str, bytes
     for name, content in files.items():
         (directory / name).write_bytes(content)
     assert read_directory(directory, "m").chat_template is expected
+
+
+def test_what_guesses_ahead_is_known_apart(tmp_path: Path) -> None:
+    tensors = {"model.layers.0.w": ("BF16", 100), "model.layers.2.w": ("BF16", 7), "mtp.fc.w": ("BF16", 9)}
+    found = read_directory(model(tmp_path / "m", model__safetensors=safetensors(tensors)), "m")
+    assert (found.weight_bytes, found.ahead_bytes) == (100, 16)
+
+
+def test_small_files_are_read_and_large_ones_are_not(tmp_path: Path, hub: Any) -> None:
+    directory = model(tmp_path / "m", tokenizer__json=b"{}", model__safetensors=safetensors({"w": ("BF16", 2)}), weights__bin=b"")
+    (directory / "deeper").mkdir()
+    found = read_directory(directory, "m")
+    assert found.small == ("config.json", "tokenizer.json")
+    assert read_small(found, str(directory), None)["tokenizer.json"] == b"{}"
+    assert small_files({"vocab.txt": SMALL_LIMIT + 1, "merges.txt": 5, INDEX: 5, "sub/config.json": 5}) == ("merges.txt",)
+    asking = Hub(hub.url, "", 20)
+    assert read_small(asking.read("owner/name", ""), "owner/name", asking) == {"config.json": hub.files["config.json"]}

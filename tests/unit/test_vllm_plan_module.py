@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from ansible_collections.selfhosted.agent_stack.plugins.module_utils import _vllm_arguments
+from ansible_collections.selfhosted.agent_stack.plugins.action import vllm_plan as action_plugin
+from ansible_collections.selfhosted.agent_stack.plugins.module_utils import _vllm_arguments, _vllm_survey
 from ansible_collections.selfhosted.agent_stack.plugins.module_utils._model_files import ModelError
 from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_plan import PlanError
 from ansible_collections.selfhosted.agent_stack.plugins.modules import vllm_plan
@@ -20,6 +20,9 @@ from ansible_collections.selfhosted.agent_stack.plugins.modules import vllm_plan
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = Path(__file__).parent / "data" / "models"
 H100 = {"name": "NVIDIA H100 80GB HBM3", "total_mib": 81559, "reserved_mib": 480, "free_mib": 81079, "compute_capability": "9.0"}
+CATALOGUE = action_plugin.catalogue(with_shapes=True)
+REGISTRY = json.loads((ROOT / "roles/vllm/files/vllm-registry.json").read_text())["cuda"]
+KNOWN = REGISTRY["arguments"]
 RTX4090 = {"name": "NVIDIA GeForce RTX 4090", "total_mib": 24564, "compute_capability": "8.9"}
 
 
@@ -32,6 +35,7 @@ def model(directory: Path, name: str, **change: Any) -> str:
 def plan_parameters(model: str, **params: Any) -> dict[str, Any]:
     return {
         "model": model,
+        "suggest_for": "",
         "revision": "",
         "directories": [],
         "hub_url": "",
@@ -42,6 +46,13 @@ def plan_parameters(model: str, **params: Any) -> dict[str, Any]:
         "tensor_parallel_size": 0,
         "pipeline_parallel_size": 1,
         "kv_cache_dtype": "auto",
+        "enforce_eager": False,
+        "language_model_only": False,
+        "max_num_seqs": 0,
+        "max_num_batched_tokens": 0,
+        "quantization": "",
+        "speculative_config": {},
+        "lora_adapters": [],
         "extra_arguments": [],
         "unknown": "refuse",
         "image": "",
@@ -53,8 +64,8 @@ def plan_parameters(model: str, **params: Any) -> dict[str, Any]:
         "disk_path": "",
         "serving": {},
         "timeout": 5,
-        "catalogue": yaml.safe_load((ROOT / "roles/vllm/vars/catalogue.yml").read_text())["__vllm_catalogue"],
-        "registry": json.loads((ROOT / "roles/vllm/files/vllm-registry.json").read_text())["cuda"],
+        "catalogue": CATALOGUE,
+        "registry": REGISTRY,
     } | params
 
 
@@ -144,6 +155,9 @@ def test_more_arguments_change_the_plan(tmp_path: Path) -> None:
     assert plan(path, kv_cache_dtype="fp8")["model_arguments"][:2] == ["--kv-cache-dtype", "fp8"]
 
 
+DRAFT = _vllm_arguments.Draft
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -151,16 +165,49 @@ def test_more_arguments_change_the_plan(tmp_path: Path) -> None:
         (["--max-num-batched-tokens", "8k"], {"tokens": 8000}),
         (["--max-num-batched-tokens=2K"], {"tokens": 2048}),
         (["--no-enable-prefix-caching"], {"prefix_caching": False}),
+        (["--disable-prefix-caching"], {"prefix_caching": False}),
+        (["--no-disable-prefix-caching"], {"prefix_caching": True}),
         (["--no-enable-prefix-caching", "--enable-prefix-caching"], {"prefix_caching": True}),
+        (["--enable-prefix-caching", "--no-enable-prefix-caching"], {"prefix_caching": False}),
         (["--language-model-only"], {"text_only": True}),
-        (["--speculative-config", '{"method": "mtp", "num_speculative_tokens": 3}'], {"drafts": 3}),
-        (["--speculative-config.method", "mtp", "--speculative-config.num_speculative_tokens", "2"], {"drafts": 2}),
+        (["--limit-mm-per-prompt", '{"image": 0, "video": 0}'], {"text_only": True}),
+        (["--limit-mm-per-prompt.image", "0", "--limit-mm-per-prompt.video=2"], {"text_only": False}),
+        (["--speculative-config", '{"method": "mtp", "num_speculative_tokens": 3}'], {"draft": DRAFT(3, "mtp")}),
+        (["--speculative-config.method", "mtp", "--speculative-config.num_speculative_tokens", "2"], {"draft": DRAFT(2, "mtp")}),
+        (["-sc.model=o/draft", "-sc.num-speculative-tokens", "5", "-sc.revision", "v1"], {"draft": DRAFT(5, "", "o/draft", "v1")}),
+        (["--spec-method", "ngram", "--spec-tokens", "4"], {"draft": DRAFT(4, "ngram")}),
         (["--block-size", "32", "--seed", "-1"], {"block": 32}),
         (["--enforce-eager", "--kv-cache-dtype", "fp8"], {"eager": True, "kv_cache_dtype": "fp8"}),
+        (["--enforce-eager", "--no-enforce-eager"], {"eager": False}),
+        (["-O0"], {"eager": True}),
+        (["-O=0"], {"eager": True}),
+        (["-O", "2"], {"eager": False}),
+        (["-cc.mode=none", "-cc.cudagraph_mode=none"], {"eager": True}),
+        (["--compilation-config", '{"cudagraph_capture_sizes": [1, 2, 4]}'], {"captured": 4}),
+        (["--compilation-config.cudagraph_capture_sizes+", "1,8"], {"captured": 8}),
+        (["--max-cudagraph-capture-size", "16"], {"captured": 16}),
+        (["-q", "FP8", "--dtype", "float32"], {"quantization": "fp8", "element": 4}),
+        (["--mamba-ssm-cache-dtype", "float32"], {"state_element": 4}),
+        (
+            ["--max-model-len", "16k", "-tp=2", "-pp", "3", "--data_parallel_size=2"],
+            {"context": 16000, "tensor_parallel": 2, "pipeline_parallel": 3, "data_parallel": 2},
+        ),
+        (["--max-model-len", "-1"], {"context": -1}),
+        (["--max-model-len", "auto"], {"context": -1}),
+        (["--device-memory-utilization", "0.8"], {"utilization": 0.8}),
+        (["--kv-cache-memory-bytes", "4G", "--cpu-offload-gb", "2"], {"cache_bytes": 4 * 2**30, "offloaded_bytes": 2 * 2**30}),
+        (["--no-async-scheduling"], {"one_step": True}),
+        (["--enable-lora", "--max-loras", "4", "--max-lora-rank", "64"], {"loras": 4, "lora_rank": 64}),
+        (["--max-loras", "4"], {"loras": 0}),
+        (["--hf-overrides", '{"num_hidden_layers": 2}'], {"overrides": {"num_hidden_layers": 2}}),
+        (["--hf-overrides.text_config.num_hidden_layers", "2"], {"overrides": {"text_config": {"num_hidden_layers": 2}}}),
+        # A beginning that only one name has.
+        (["--max-num-seq", "8", "--enforce"], {"requests": 8, "eager": True}),
+        (["--chat-template", "/models/it's $odd.jinja", "--lora-modules", "a=/x", "b=/y"], {}),
     ],
 )
 def test_arguments_are_read_as_vllm_reads_them(arguments: list[str], expected: dict[str, Any]) -> None:
-    assert _vllm_arguments.read_arguments(arguments) == _vllm_arguments.Arguments(**expected)
+    assert _vllm_arguments.read_arguments(arguments, KNOWN) == _vllm_arguments.Arguments(**expected)
 
 
 @pytest.mark.parametrize(
@@ -170,13 +217,136 @@ def test_arguments_are_read_as_vllm_reads_them(arguments: list[str], expected: d
         (["--max-num-seqs"], "--max-num-seqs is ''; allowed"),
         (["--kv-cache-dtype", "nvfp4"], "--kv-cache-dtype is 'nvfp4', which this plan cannot size; it can auto,"),
         (["--speculative-config", "{"], "--speculative-config is '{'; allowed is a JSON object."),
+        (["--speculative-config", "[" * 100_000], "allowed is a JSON object."),
         (["--speculative-config", "[]"], "allowed is a JSON object."),
+        (["--speculative-config", '{"num_speculative_tokens": 2}'], "--speculative-config has neither a method nor a model"),
+        (["--speculative-config", '{"method": 7, "num_speculative_tokens": 2}'], "--speculative-config has 7 as method; allowed is a word."),
+        (["-sc", '{"method": "mtp"}', "--spec-method", "ngram"], "--spec-method says what --speculative-config says too, its method"),
+        (["--enforce-eager=false"], "--enforce-eager has the value 'false'; it takes none, and --no-enforce-eager switches it off."),
+        (["--gpu-memory-utilization", "90"], "--gpu-memory-utilization is '90'; allowed is a number from 0 to 1."),
+        (["--gpu-memory-utilization", "0"], "--gpu-memory-utilization is '0'; allowed is more than 0 and at most 1."),
+        (["--cpu-offload-gb", "all"], "--cpu-offload-gb is 'all'; allowed is a number from 0 to 100,000."),
+        (["--max-num-sequences", "8"], "vllm_extra_arguments has '--max-num-sequences', which the pinned vLLM does not know; it has --max-num-"),
+        (["--disable-log-requests-at-all"], "which the pinned vLLM does not know"),
+        (
+            ["--max-num", "8"],
+            "vllm_extra_arguments has '--max-num', which the pinned vLLM cannot tell from others; it has --max-num-active-seqs, --max-num-batched-tokens, ",
+        ),
+        (["--dtype", "int3"], "--dtype is 'int3', which this plan cannot size; it can auto, half,"),
     ],
 )
 def test_arguments_that_cannot_be_read(arguments: list[str], said: str) -> None:
     with pytest.raises(PlanError) as error:
-        _vllm_arguments.read_arguments(arguments)
+        _vllm_arguments.read_arguments(arguments, KNOWN)
     assert said in str(error.value)
+
+
+def test_every_argument_that_the_plan_reads_is_vllms() -> None:
+    read = [*_vllm_arguments.ALIASES, *_vllm_arguments.ALIASES.values(), *_vllm_arguments.SWITCHES, *_vllm_arguments.OBJECTS]
+    assert set(read) <= set(KNOWN)
+
+
+def test_options_are_arguments(tmp_path: Path) -> None:
+    path = model(tmp_path / "Llama-3.1-8B-Instruct", "llama-3.1-8b")
+    options = {"enforce_eager": True, "max_num_seqs": 8, "max_num_batched_tokens": 2048, "quantization": "fp8", "language_model_only": True}
+    result = plan(path, max_model_len=8192, speculative_config={"method": "ngram", "num_speculative_tokens": 2}, **options)
+    assert result["model_arguments"][:10] == [
+        *("--enforce-eager", "--language-model-only", "--max-num-seqs", "8", "--max-num-batched-tokens", "2048", "--quantization", "fp8"),
+        *("--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'),
+    ]
+    same = ["--enforce-eager", "--max-num-seqs", "8", "--max-num-batched-tokens", "2048", "-q", "fp8"]
+    assert plan(path, max_model_len=8192, extra_arguments=same)["kv_tokens"] == result["kv_tokens"]
+    with pytest.raises(PlanError, match="max_num_seqs is -1; allowed is a whole number from 1, or 0 for vLLM's own"):
+        plan(path, max_num_seqs=-1)
+
+
+def carried(tmp_path: Path, arguments: list[str], name: str = "llama-3.1-8b", **params: Any) -> dict[str, Any]:
+    return plan(model(tmp_path / name, name), extra_arguments=arguments, **{"max_model_len": 8192} | params)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key", "factor"),
+    [
+        # 6.98 of 8.03 billion parameters in 8 bits.
+        (["--quantization", "fp8"], "weights_mib", 0.565),
+        (["-q=mxfp8"], "weights_mib", 0.579),
+        (["--dtype", "float32"], "weights_mib", 2.0),
+        (["--dtype", "float32"], "kv_bytes_per_token", 2.0),
+        (["--cpu-offload-gb", "4"], "weights_mib", 1 - 4096 / 15317),
+    ],
+)
+def test_what_an_argument_changes(tmp_path: Path, arguments: list[str], key: str, factor: float) -> None:
+    assert carried(tmp_path, arguments)[key] / carried(tmp_path, [])[key] == pytest.approx(factor, rel=0.02)
+
+
+def test_a_cache_of_some_bytes(tmp_path: Path) -> None:
+    """It counts whatever share of the memory is asked for, as long as it is there."""
+    for utilization in (0.3, 0.9):
+        assert carried(tmp_path, ["--kv-cache-memory-bytes", "8G"], gpu_memory_utilization=utilization)["kv_tokens"] == 8 * 2**30 // 131072
+    assert carried(tmp_path, ["--kv-cache-memory-bytes", "900G"])["kv_cache_mib"] < 81079 - 15317
+
+
+def test_the_last_word_is_the_arguments(tmp_path: Path) -> None:
+    result = carried(tmp_path, ["--max-model-len", "4096", "--gpu-memory-utilization", "0.5", "-tp", "2"], gpus=[H100] * 2)
+    assert (result["max_model_len"], result["tensor_parallel_size"]) == (4096, 2)
+    assert result["kv_cache_mib"] == carried(tmp_path, [], gpus=[H100] * 2, gpu_memory_utilization=0.5, tensor_parallel_size=2)["kv_cache_mib"]
+    with pytest.raises(PlanError, match=r"--data-parallel-size is 4, and each copy takes 1 of the 2 GPUs"):
+        carried(tmp_path, ["-dp", "4"], gpus=[H100] * 2)
+
+
+def test_graphs_and_adapters_take_memory(tmp_path: Path) -> None:
+    plain = carried(tmp_path, [])["overhead_mib"]
+    assert carried(tmp_path, ["--max-cudagraph-capture-size", "8"])["overhead_mib"] < plain
+    # Llama 3.1 8B, rank 64: q and o 8,192 each, k and v 5,120 each, gate, up and down 18,432 each, in 32 layers, 16 bits; and the logits.
+    adapters = carried(tmp_path, ["--enable-lora", "--max-loras", "4", "--max-lora-rank", "64"])["overhead_mib"] - plain
+    assert adapters == pytest.approx(4 * 64 * 2 * (32 * (2 * 8192 + 2 * 5120 + 3 * 18432) + 128256 + 4096) / 2**20, abs=1)
+
+
+def test_a_draft_takes_weights_and_cache(tmp_path: Path) -> None:
+    draft = model(tmp_path / "Llama-3.2-1B", "llama-3.2-1b")
+    plain = carried(tmp_path, [])
+    guessed = carried(tmp_path, ["--speculative-config", json.dumps({"model": draft, "num_speculative_tokens": 3})])
+    # 1.24 billion parameters, and 16 layers of 8 heads of 64 in 16 bits.
+    assert guessed["weights_mib"] - plain["weights_mib"] == pytest.approx(1_235_814_400 * 2 / 2**20, rel=0.01)
+    assert guessed["kv_bytes_per_token"] - plain["kv_bytes_per_token"] == 16 * 8 * 64 * 2 * 2
+    unread = carried(tmp_path, ["--spec-model", "/nowhere", "--spec-tokens", "3"])
+    assert any(warning.startswith("What guesses tokens ahead is not in the plan: /nowhere does not exist") for warning in unread["warnings_found"])
+
+
+def test_the_models_own_head_takes_a_layer(tmp_path: Path) -> None:
+    arguments = ["--speculative-config", '{"method": "mtp", "num_speculative_tokens": 1}']
+    plain, guessed = (carried(tmp_path, more, "qwen3-next-80b", gpus=[H100] * 4, tensor_parallel_size=4) for more in ([], arguments))
+    assert guessed["kv_bytes_per_token"] * 12 == plain["kv_bytes_per_token"] * 13
+    assert guessed["weights_mib"] / plain["weights_mib"] == pytest.approx(1 + 1 / 48, rel=0.01)
+
+
+def test_overrides_are_the_models_configuration(tmp_path: Path) -> None:
+    result = carried(tmp_path, ["--hf-overrides", '{"num_hidden_layers": 16}'])
+    assert result["layers"] == [{"kind": "full", "layers": 16, "bytes": 4096}]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "arguments", "said"),
+    [
+        ("llama-3.1-8b", {}, ["-q", "awq"], "--quantization is 'awq', and the model's files are not quantised; allowed for them is experts_int8, fp8,"),
+        ("llama-3.1-8b-awq", {}, ["-q", "fp8"], "--quantization is 'fp8', and the model's files are quantised otherwise (awq); allowed is to leave it out."),
+        ("llama-3.1-8b", {"quantization_config": {"quant_method": "fbgemm_fp8"}}, [], "vLLM has deprecated the quantisation fbgemm_fp8; --allow-deprecated-"),
+        ("llama-3.1-8b", {"quantization_config": {"quant_method": "bitsandbytes"}}, [], "since 0.28 it needs the plugin vllm-bnb-plugin"),
+    ],
+)
+def test_quantisations_that_vllm_does_not_start_with(tmp_path: Path, name: str, change: dict[str, Any], arguments: list[str], said: str) -> None:
+    with pytest.raises(PlanError) as error:
+        plan(model(tmp_path / "m", name, **change), extra_arguments=arguments)
+    assert said in str(error.value)
+
+
+def test_quantisations_that_are_allowed_all_the_same(tmp_path: Path) -> None:
+    for name, change, params in (
+        ("llama-3.1-8b-awq", {}, {"extra_arguments": ["-q", "awq_marlin"]}),
+        ("llama-3.1-8b", {"quantization_config": {"quant_method": "fbgemm_fp8"}}, {"extra_arguments": ["--allow-deprecated-quantization"]}),
+        ("llama-3.1-8b", {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, {"unknown": "serve"}),
+    ):
+        assert plan(model(tmp_path / "m", name, **change), max_model_len=8192, **params)["fits"]
 
 
 def test_an_architecture_without_a_formula(tmp_path: Path) -> None:
@@ -219,8 +389,58 @@ def test_a_survey_says_which_gpus_carry_a_model(tmp_path: Path) -> None:
     assert result["fits"]
     assert len(result["survey_table"]) > 5
     assert result["fetching"] == {"disk_gib": 61.0, "fetch_seconds": 524, "read_seconds": 61}
-    nothing = plan(model(tmp_path / "DeepSeek-V3", "deepseek-v3", quantization_config=None), survey=True, gpus=[], gpu_memory_utilization=0.5)
+    nothing = plan(model(tmp_path / "DeepSeek-V3", "deepseek-v3", quantization_config=None), survey=True, gpus=[], gpu_memory_utilization=0.1)
     assert (nothing["fits"], nothing["survey_table"][-1]) == (False, "none of these carries it")
+
+
+def test_a_survey_says_what_would_make_it_fit(tmp_path: Path) -> None:
+    """32 billion parameters in 16 bits do not fit on 32 GB, and in 4 bits they do."""
+    rows = {(row["gpus"], row["gb"]): row for row in plan(model(tmp_path / "Qwen3-32B", "qwen3-32b"), survey=True, gpus=[])["survey"]}
+    assert (rows[1, 32]["fits"], rows[1, 32]["helps"]) == (False, "a 4 bit version of it (18 GiB)")
+    assert (rows[1, 16]["fits"], rows[1, 16]["helps"]) == (False, "")
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "count"),
+    [
+        ("24", "L4, RTX 4090", 1),
+        ("80 GB", "H100 80 GB", 1),
+        ("2x24", "L4, RTX 4090", 2),
+        ("4 x H100", "H100 80 GB", 4),
+        ("8 X 141gb", "H200", 8),
+        ("rtx 4090", "L4, RTX 4090", 1),
+    ],
+)
+def test_gpus_are_named(text: str, name: str, count: int) -> None:
+    gpus = _vllm_survey.gpus_named(text)
+    assert ({gpu.name for gpu in gpus}, len(gpus)) == ({name}, count)
+
+
+@pytest.mark.parametrize("text", ["", "3 x 24", "25", "x", "100 x 24", "TPU", "H", "4"])
+def test_gpus_that_are_none(text: str) -> None:
+    with pytest.raises(PlanError, match=r"plan_gpu is .*; allowed is a size in GB \(16, 24, .*as in 2 x 24\."):
+        _vllm_survey.gpus_named(text)
+
+
+def suggested(gpu: str, **params: Any) -> list[dict[str, Any]]:
+    return list(vllm_plan.make_result(plan_parameters("", suggest_for=gpu, **params))["suggestions"])
+
+
+def test_models_for_a_gpu() -> None:
+    rows = suggested("24")
+    fitting = [row["model"] for row in rows if row["fits"]]
+    assert fitting[:2] == ["openai/gpt-oss-20b", "Qwen/Qwen3-8B"]
+    assert suggested("32")[0]["model"] == "RedHatAI/Qwen3.8-27B-INT4"
+    assert not any(row["fits"] for row in rows[len(fitting) :])
+    assert {row["model"]: row["helps"] for row in rows}["Qwen/Qwen3-32B"].startswith("What would fit: 4 such GPUs, or a GPU of ")
+    larger = [row["model"] for row in suggested("8 x 141") if row["fits"]]
+    assert larger[0] == "zai-org/GLM-4.7-FP8"
+    # Its 28 heads cannot be shared by 8 GPUs.
+    assert set(fitting) - set(larger) == {"Qwen/Qwen2.5-7B-Instruct"}
+    # A longer context is for fewer at once, and no longer for all.
+    shorter, longer = ({row["model"]: row["users"] for row in suggested("24", max_model_len=context) if row["fits"]} for context in (4096, 32768))
+    assert set(longer) < set(shorter)
+    assert all(longer[name] < shorter[name] for name in longer)
 
 
 def test_the_layers_are_shown(tmp_path: Path) -> None:
@@ -245,7 +465,7 @@ def ansible(arguments: dict[str, Any]) -> tuple[int, str]:
     program = shutil.which("ansible", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     assert program
     command = [program, "localhost", "--check", "-m", "selfhosted.agent_stack.vllm_plan", "-a", json.dumps(arguments)]
-    result = subprocess.run(command, cwd=ROOT, env=os.environ | {"ANSIBLE_FORCE_COLOR": "0"}, capture_output=True, text=True, check=False, timeout=120)
+    result = subprocess.run(command, cwd=ROOT, env=os.environ | {"ANSIBLE_FORCE_COLOR": "0"}, capture_output=True, text=True, check=False, timeout=600)
     return result.returncode, " ".join(result.stdout.split())
 
 
@@ -278,10 +498,21 @@ def test_the_playbook(tmp_path: Path, name: str, context: int, status: int, said
         "ansible_python_interpreter": sys.executable,
     }
     command = [program, "playbooks/plan.yml", "-i", "localhost,", "-c", "local", "--check", "-e", json.dumps(settings)]
-    result = subprocess.run(command, cwd=ROOT, env=os.environ | {"ANSIBLE_FORCE_COLOR": "0"}, capture_output=True, text=True, check=False, timeout=120)
+    result = subprocess.run(command, cwd=ROOT, env=os.environ | {"ANSIBLE_FORCE_COLOR": "0"}, capture_output=True, text=True, check=False, timeout=600)
     assert result.returncode == status, result.stdout + result.stderr
     assert said in " ".join(result.stdout.split())
     assert "changed=0" in result.stdout
+
+
+def test_the_playbook_names_models_for_a_gpu() -> None:
+    program = shutil.which("ansible-playbook", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    assert program
+    settings = {"plan_gpu": "2 x 24", "ansible_python_interpreter": sys.executable}
+    command = [program, "playbooks/plan.yml", "-i", os.devnull, "-e", json.dumps(settings)]
+    result = subprocess.run(command, cwd=ROOT, env=os.environ | {"ANSIBLE_FORCE_COLOR": "0"}, capture_output=True, text=True, check=False, timeout=600)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Qwen/Qwen3.8-27B-FP8" in result.stdout
+    assert "zai-org/GLM-4.7-FP8" not in result.stdout
 
 
 def test_the_playbook_without_an_inventory_surveys(tmp_path: Path) -> None:
@@ -289,7 +520,7 @@ def test_the_playbook_without_an_inventory_surveys(tmp_path: Path) -> None:
     assert program
     settings = {"vllm_model": model(tmp_path / "Llama-3.1-8B", "llama-3.1-8b"), "vllm_plan_json": True, "ansible_python_interpreter": sys.executable}
     command = [program, "playbooks/plan.yml", "-i", os.devnull, "-e", json.dumps(settings)]
-    result = subprocess.run(command, cwd=ROOT, env=os.environ | {"ANSIBLE_FORCE_COLOR": "0"}, capture_output=True, text=True, check=False, timeout=120)
+    result = subprocess.run(command, cwd=ROOT, env=os.environ | {"ANSIBLE_FORCE_COLOR": "0"}, capture_output=True, text=True, check=False, timeout=600)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "fetch_seconds" in result.stdout
     assert "H200" in result.stdout
