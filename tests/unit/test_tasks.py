@@ -55,3 +55,10 @@ def test_what_installs_an_engine_or_its_runtime_removes_nothing() -> None:
 def test_no_playbook_is_for_hosts_that_are_not_the_stacks(path: Any) -> None:
     hosts = [play["hosts"] for play in yaml.safe_load(path.read_text()) if "hosts" in play]
     assert [pattern for pattern in hosts if pattern != "localhost" and not pattern.startswith("{{ lookup('selfhosted.agent_stack.topology').")] == []
+
+
+def test_no_two_roles_have_a_handler_of_one_name() -> None:
+    """In a play with both Ansible would run the last role's for either, with the variables of that one."""
+    handlers = [(handler["name"], path) for path in ROOT.glob("roles/*/handlers/main.yml") for handler in yaml.safe_load(path.read_text()) or []]
+    names = [name for name, path in handlers if path.parent.parent.name in ("docker", "nvidia_toolkit")]
+    assert len(names) == len(set(names)) == 2
