@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from programs import load
 
+backup = load("roles/postgres/files/backup.py")
 ROOT = Path(__file__).resolve().parent.parent.parent
 RULES = ROOT / "roles" / "monitoring" / "templates" / "rules.yml.j2"
 DASHBOARD = ROOT / "roles" / "monitoring" / "files" / "dashboards" / "agent-stack.json"
@@ -57,7 +59,7 @@ def test_agent_metrics_exist(source: Callable[[], list[str]]) -> None:
 
 
 def test_the_watchdogs_metrics_exist() -> None:
-    used = metrics_in(rule_expressions(), "agent_stack_")
+    used = metrics_in(rule_expressions(), "agent_stack_vllm_")
     assert used
     assert used <= set(re.findall(r"# TYPE (agent_stack_\w+) ", WATCHDOG.read_text()))
 
@@ -76,3 +78,11 @@ def test_panels_ask_the_provisioned_data_source() -> None:
     panels = [panel for panel in json.loads(DASHBOARD.read_text())["panels"] if panel["type"] != "row"]
     assert {source["uid"] for panel in panels for source in (panel["datasource"], *(target["datasource"] for target in panel["targets"]))} == {"prometheus"}
     assert len({panel["id"] for panel in panels}) == len(panels)
+
+
+def test_the_backups_metrics_exist() -> None:
+    last = {"type": "full", "timestamp": {"stop": 1}, "info": {"size": 1, "repository": {"delta": 1}}}
+    written = backup.exposition(backup.Repository("", True, "1", [last]), [0, 0, 0], backup.Memory())
+    used = metrics_in(rule_expressions(), "agent_stack_backup_")
+    assert used
+    assert used <= set(re.findall(r"^(agent_stack_backup_\w+)", written, re.M))
