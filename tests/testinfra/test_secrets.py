@@ -9,7 +9,13 @@ import pytest
 from testinfra.host import Host
 
 # One of each component that keeps secrets, so that a look at the wrong place does not pass.
-KNOWN = {"agent/secrets/proxy_secret", "monitoring/secrets/postgres-exporter/pgpass", "redis/secrets/users.acl", "vllm/fetch/secrets/hf_token"}
+KNOWN = {
+    "agent/secrets/proxy_secret",
+    "monitoring/secrets/postgres-exporter/pgpass",
+    "postgres/secrets/pgbackrest.conf",
+    "redis/secrets/users.acl",
+    "vllm/fetch/secrets/hf_token",
+}
 ROOT = PurePosixPath("/opt/agent-stack")
 
 

@@ -83,7 +83,7 @@ class TestOneHostsLife:
     def test_the_drill_sees_what_is_not_there(self, stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(backup, "TURNS", "SELECT count(*) + (CASE WHEN current_setting('archive_mode') = 'on' THEN 1 ELSE 0 END) FROM runs")
         assert refusal(stack.program.drill) == "The restore into a scratch server has 2 turns, and Postgres has 3."
-        assert (stack.metric("drill_success"), stack.metric("drill_lost"), stack.metric('failures_total{job="drill"}')) == (0, 1, 1)
+        assert (stack.metric("drill_success"), stack.metric("drill_lost"), stack.metric('failures_total{task="drill"}')) == (0, 1, 1)
 
     def test_to_a_second_over_a_living_cluster(self, stack: Stack) -> None:
         time.sleep(1.1)
@@ -152,7 +152,7 @@ class TestOneHostsLife:
             assert refusal(stack.program.check_restore, "", True, False) == words
             assert refusal(stack.program.backup, "full", True) == words
             assert stack.metric("repository_up") == 0
-            assert stack.metric('failures_total{job="backup"}') == 1
+            assert stack.metric('failures_total{task="backup"}') == 1
         finally:
             stack.configure()
 

@@ -510,7 +510,7 @@ class Backup:
             self.memory = self._read_memory()
             try:
                 yield
-            except BackupError:
+            except (BackupError, OSError):
                 self.memory.failures[job] = self.memory.failures.get(job, 0) + 1
                 raise
             finally:
@@ -528,7 +528,7 @@ def exposition(repository: Repository, archiver: Sequence[float], memory: Memory
     """Return the metrics. `archiver`, empty if unknown: attempts that failed, when one last worked, and how long the oldest segment waits, in seconds."""
     samples: list[tuple[str, str, str, list[tuple[str, float]]]] = [
         ("repository_up", "gauge", "Whether the repository can be read.", [("", float(not repository.problem and repository.exists))]),
-        ("failures_total", "counter", "Jobs that failed.", [(f'{{job="{job}"}}', memory.failures.get(job, 0)) for job in JOBS]),
+        ("failures_total", "counter", "Jobs that failed.", [(f'{{task="{job}"}}', memory.failures.get(job, 0)) for job in JOBS]),
         ("drill_timestamp_seconds", "gauge", "When the last restore into a scratch server ended.", [("", memory.drill_at)]),
         ("drill_success", "gauge", "Whether it restored all.", [("", float(memory.drill_ok))]),
         ("drill_duration_seconds", "gauge", "How long it took.", [("", memory.drill_seconds)]),
