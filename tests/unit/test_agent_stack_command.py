@@ -156,11 +156,13 @@ def add_theirs(host: Fake) -> None:
     host.containers.append(container("x", "x", "exited", **{"com.docker.compose.project": "theirs"}))
 
 
-def backups(hours: float, days: float) -> Callable[[Fake], None]:
+def backups(hours: float, days: float, *, restored: int = 1, up: int = 1) -> Callable[[Fake], None]:
     def change(host: Fake) -> None:
         (host.config.data / "textfile").mkdir()
-        lines = [f'agent_stack_backup_last_success_timestamp_seconds{{type="full"}} {NOW - hours * 3600}', "agent_stack_backup_size_bytes 1.5e9"]
-        lines += [f"agent_stack_restore_drill_last_success_timestamp_seconds {NOW - days * 86400}", "# HELP other", "other_metric 1"]
+        lines = [f'agent_stack_backup_last_timestamp_seconds{{type="{kind}"}} {NOW - ago * 3600}' for kind, ago in (("full", hours + 24), ("diff", hours))]
+        lines += [f"agent_stack_backup_wal_last_timestamp_seconds {NOW}", f"agent_stack_backup_repository_up {up}"]
+        lines += [f"agent_stack_backup_drill_timestamp_seconds {NOW - days * 86400}", f"agent_stack_backup_drill_success {restored}"]
+        lines += ["# HELP other", "other_metric 1"]
         (host.config.data / "textfile" / "backup.prom").write_text("\n".join(lines) + "\n")
 
     return change
@@ -193,6 +195,8 @@ ALERT = {
         pytest.param(assign(samples=None), "degraded", "traffic is not known: prometheus does not answer", id="Prometheus is away"),
         pytest.param(assign(firing=[ALERT]), "degraded", "alert DiskAlmostFull: / is almost full", id="an alert"),
         pytest.param(backups(40, 1), "degraded", "the last backup is 40 h old", id="an old backup"),
+        pytest.param(backups(2, 1, restored=0), "degraded", "the last restore drill failed", id="a drill that failed"),
+        pytest.param(backups(2, 1, up=0), "degraded", "the repository of the backups cannot be read", id="no repository"),
         pytest.param(backups(2, 9), "degraded", "the last restore drill was 9 d ago", id="an old drill"),
         pytest.param(
             lambda host: (host.config.data / "vllm" / "swap.json").write_text("{"), "degraded", "model is not known: the answer", id="a broken record"
@@ -296,6 +300,13 @@ def test_expressions_name_what_the_agent_and_vllm_have() -> None:
     expressions = list(status.TRAFFIC.values())
     assert metrics_in(expressions, "agent_") <= agent_metrics()
     assert metrics_in(expressions, "vllm:") <= vllm_metrics()
+
+
+def test_backups_have_the_metrics_that_are_read() -> None:
+    written = (ROOT / "roles" / "postgres" / "files" / "backup.py").read_text()
+    for name in ("last_timestamp_seconds", "drill_timestamp_seconds", "drill_success", "repository_up"):
+        assert f'("{name}", "gauge"' in written, name
+    assert f"{status.BACKUP}{{" in written
 
 
 def test_a_question_that_hangs_keeps_nobody_waiting() -> None:

@@ -17,6 +17,7 @@ CERTIFICATE_DAYS = 14
 DISK_FREE_RATIO = 0.1
 BACKUP_HOURS = 36
 DRILL_DAYS = 8
+BACKUP = "agent_stack_backup_"
 # Expressions for Prometheus. Those of the agent are over five minutes, or there would be gaps at few requests.
 TRAFFIC = {
     "requests_per_minute": 'sum(rate(agent_http_requests_total{route=~"/chat.*|/threads.*|/runs.*|/openai.*"}[5m])) * 60',
@@ -151,18 +152,23 @@ def keys(host: Host) -> list[dict[str, Any]]:
 
 
 def backup(host: Host) -> dict[str, Any]:
-    """Return what backups write for Prometheus, by name, read where it lies, so that Prometheus may be away."""
+    """Return what backups write for Prometheus, by name, read where it lies, so that Prometheus may be away. `last` and `last_drill` are times."""
     found: dict[str, float] = {}
     directory = host.config.data / "textfile"
     for file in sorted(directory.glob("*.prom")) if directory.is_dir() else []:
         for line in host.read(file).splitlines():
-            name, _sep, value = line.rpartition(" ")
-            if name.startswith(("agent_stack_backup_", "agent_stack_restore_")):
-                found[name] = float(value)
-    stamps = {name: value for name, value in found.items() if name.partition("{")[0].endswith("_timestamp_seconds") and value > 0}
-    drills = [value for name, value in stamps.items() if "drill" in name or name.startswith("agent_stack_restore_")]
-    backups = [value for name, value in stamps.items() if "drill" not in name and name.startswith("agent_stack_backup_")]
-    return {"metrics": found, "last": max(backups, default=None), "last_drill": max(drills, default=None)}
+            name, _, value = line.rpartition(" ")
+            if name.startswith(BACKUP):
+                found[name.removeprefix(BACKUP)] = float(value)
+    # One of each type: full, diff.
+    ended = [value for name, value in found.items() if name.partition("{")[0] == "last_timestamp_seconds" and value > 0]
+    return {
+        "metrics": found,
+        "last": max(ended, default=None),
+        "last_drill": found.get("drill_timestamp_seconds") or None,
+        "drill_success": bool(found["drill_success"]) if found.get("drill_timestamp_seconds") else None,
+        "repository_up": bool(found["repository_up"]) if "repository_up" in found else None,
+    }
 
 
 def questions(host: Host) -> dict[str, Callable[[], Any]]:
@@ -288,6 +294,10 @@ def is_degraded(found: dict[str, Any], config: Config, now: float) -> Iterable[s
     for alert in found.get("alerts") or []:
         yield f"alert {alert['name']}: {alert['summary']}"
     backup = found.get("backup") or {}
+    if backup.get("repository_up") is False:
+        yield "the repository of the backups cannot be read"
+    if backup.get("drill_success") is False:
+        yield "the last restore drill failed"
     if backup.get("last") and now - backup["last"] > BACKUP_HOURS * 3600:
         yield f"the last backup is {age(now - backup['last'])} old"
     if backup.get("last_drill") and now - backup["last_drill"] > DRILL_DAYS * 86400:
