@@ -50,13 +50,25 @@ BLOCKS = {
     "- a\n  - b": "<ul><li>a<ul><li>b</li></ul></li></ul>",
     "3. c\n4. d": '<ol start="3"><li>c</li><li>d</li></ol>',
     "In 1987. It was": "<p>In 1987. It was</p>",
-    "```py\nx < 1\n```": '<div className="code"><pre><code>x &lt; 1</code></pre></div>',
+    "```py\nx < 1\n```": '<div className="code"><span className="language">py</span><pre><code>x &lt; 1</code></pre></div>',
+    "```\nx < 1\n```": '<div className="code"><pre><code>x &lt; 1</code></pre></div>',
+    '~~~c++ title="a"\nx\n~~~': '<div className="code"><span className="language">c++</span><pre><code>x</code></pre></div>',
     "```\nopen": '<div className="code"><pre><code>open</code></pre></div>',
     "~~~\na\n```\n~~~": '<div className="code"><pre><code>a\n```</code></pre></div>',
     "| a | b |\n|---|---|\n| 1 |": (
         '<div aria-label="Table" className="table"><table><thead><tr><th>a</th><th>b</th></tr></thead><tbody><tr><td>1</td><td></td></tr></tbody></table></div>'
     ),
     "a | b\nno table": "<p>a | b<br>no table</p>",
+    r"""| a \| b | `c \| d` |
+|:-:|--:|
+| 1 \| 2 | 3 \\|""": (
+        '<div aria-label="Table" className="table"><table><thead><tr><th className="center">a | b</th><th className="end"><code>c | d</code></th></tr></thead>'
+        '<tbody><tr><td className="center">1 | 2</td><td className="end">3 \\</td></tr></tbody></table></div>'
+    ),
+    "\\[\na_1 \\, b_1\n- c\n\\]": '<div className="formula">\\[\na_1 \\, b_1\n- c\n\\]</div>',
+    "$$x^2 * y * z$$": '<div className="formula">$$x^2 * y * z$$</div>',
+    "so\n$$\nx\n$$\nthen": '<p>so<br><span className="formula">$$\nx\n$$</span><br>then</p>',
+    "\\[ never closed\n\n- a": "<p>[ never closed</p><ul><li>a</li></ul>",
 }
 
 SPANS = {
@@ -67,6 +79,10 @@ SPANS = {
     "**never closed": "**never closed",
     "`a*b*` ``c`d``": "<code>a*b*</code> <code>c`d</code>",
     r"\*plain\* \a": r"*plain* \a",
+    r"\(a\,b \{ *c* \}\) and \, or \; stay": r'<span className="formula">\(a\,b \{ *c* \}\)</span> and \, or \; stay',
+    r"$\alpha_1 + \beta_1$ for $5 and $6": r'<span className="formula">$\alpha_1 + \beta_1$</span> for $5 and $6',
+    r"\(never closed *a*": "(never closed <em>a</em>",
+    r"\$5 \$6$": "$5 $6$",
     "<b>&amp;</b>": "&lt;b&gt;&amp;amp;&lt;/b&gt;",
     "[name](https://a.example/x)": f'<a href="https://a.example/x" {REL}>name</a>',
     "[**b**](https://a.example/)": f'<a href="https://a.example/" {REL}><strong>b</strong></a>',
@@ -109,5 +125,7 @@ def test_text_that_comes_piece_by_piece_ends_the_same(render: Render) -> None:
 
 def test_no_text_takes_long(render: Render) -> None:
     started = time.monotonic()
-    render([piece * (20_000 // len(piece)) for piece in ("*a ", "[", "`", "_a ", "![a](", "> ", "|a|\n|-|\n", "<h")])
+    render(
+        [piece * (20_000 // len(piece)) for piece in ("*a ", "[", "`", "_a ", "![a](", "> ", "|a|\n|-|\n", "<h", "\\(", "$", "$$", "$a ", "\\[\na\n", "\\|")]
+    )
     assert time.monotonic() - started < 20

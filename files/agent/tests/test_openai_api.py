@@ -544,7 +544,7 @@ def test_which_tool_the_model_must_use(client: OpenAI, model: Model, name: str) 
     assert ("calculator" in names) == (sent is None), "the caller's alone where one of them must be called"
 
 
-@pytest.mark.parametrize("responses", [False])
+@pytest.mark.parametrize("responses", [False, True])
 def test_langchains_client(agent: Agent, key: str, responses: bool) -> None:
     model = ChatOpenAI(base_url=f"{agent.url}/openai/v1", api_key=SecretStr(key), model="agent", max_retries=0, use_responses_api=responses)
     assert model.invoke("hello").text == ANSWER

@@ -25,7 +25,7 @@ allow-x00 = false
 codec = "utf-8"
 
 [[operations]]
-include-path = "/openai/v1/chat/completions"
+include-path = ["/openai/v1/chat/completions", "/openai/v1/responses"]
 
 [operations.checks.positive_data_acceptance]
 expected-statuses = ["2xx", "400", "401", "403", "404", "409", "5xx"]
@@ -163,6 +163,7 @@ def known(agent_process: Agent) -> dict[str, str]:
             "checkpoint_id": client.threads.get_state(thread)["checkpoint"]["checkpoint_id"] or "",
             "assistant_id": "agent",
             "model": "agent",
+            "response_id": "resp_00000000-0000-0000-0000-000000000000",
         }
 
 

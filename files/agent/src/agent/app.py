@@ -21,7 +21,7 @@ from agent import logs
 from agent.access.auth import Authenticate, Authenticator, KeyRing
 from agent.access.in_flight import InFlight
 from agent.access.rate_limit import RateLimiter
-from agent.api import chat, langgraph, openai, openai_errors, openapi, page
+from agent.api import chat, langgraph, openai, openai_errors, openapi, page, responses
 from agent.api.middleware import Observe, error_response
 from agent.api.requests import explain
 from agent.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError, StorageUnavailable
@@ -88,6 +88,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(chat.router)
     app.include_router(langgraph.router)
     app.include_router(openai.router)
+    app.include_router(responses.router)
     app.include_router(page.router)
     app.openapi = lambda: openapi.describe(app)  # type: ignore[method-assign]  # FastAPI's way to replace it
 

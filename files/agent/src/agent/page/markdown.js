@@ -6,7 +6,7 @@ import { announce, button, el } from "./dom.js";
 const MAX_DEPTH = 8;
 const MAX_LINK = 2000;
 const ITEM = /^( *)([-*+]|\d{1,9}[.)])(?: +|$)/;
-const PLAIN = /[^\\`*_~![<h\n]+/y;
+const PLAIN = /[^\\`*_~![<h\n$]+/y;
 const WEB_ADDRESS = /https?:\/\/[^\s<>"`]+/iy;
 const isWord = (character) => character !== undefined && /[\p{L}\p{N}]/u.test(character);
 const isSpace = (character) => character === undefined || /\s/.test(character);
@@ -58,7 +58,9 @@ function special(text, at, depth, hopeless) {
     case "\n":
       return { node: el("br"), end: at + 1 };
     case "\\":
-      return /[!-/:-@[-`{-~]/.test(text[at + 1] ?? "") ? { node: text[at + 1], end: at + 2 } : null;
+      return formula(text, at, hopeless) ?? escaped(text, at);
+    case "$":
+      return formula(text, at, hopeless);
     case "`":
       return codeSpan(text, at, hopeless);
     case "!":
@@ -72,6 +74,30 @@ function special(text, at, depth, hopeless) {
     default:
       return emphasis(text, at, depth, hopeless);
   }
+}
+
+/** A mark that means itself. What else has a backslash before it is no Markdown, and most likely TeX. */
+const escaped = (text, at) => (/[\\`*_{}[\]()#+\-.!|~<>$]/.test(text[at + 1] ?? "") ? { node: text[at + 1], end: at + 2 } : null);
+
+const FORMULAS = { "\\(": "\\)", "\\[": "\\]", $$: "$$", $: "$" };
+
+/** TeX as it was written: nothing in it is Markdown. */
+function formula(text, at, hopeless) {
+  const two = text.slice(at, at + 2);
+  const opening = FORMULAS[two] ? two : text[at];
+  const closing = FORMULAS[opening];
+  // A price is no formula: one begins and ends without space, and no digit follows it.
+  const single = opening === "$";
+  if (!closing || hopeless.has(opening) || (single && isSpace(text[at + 1]))) return null;
+  const start = at + opening.length;
+  for (let end = text.indexOf(closing, start); end >= 0; end = text.indexOf(closing, end + 1)) {
+    if (end === start || (text[end - 1] === "\\" && closing[0] === "$")) continue;
+    if (single && (isSpace(text[end - 1]) || /\d/.test(text[end + 1] ?? ""))) continue;
+    const after = end + closing.length;
+    return { node: el("span", { className: "formula" }, text.slice(at, after)), end: after };
+  }
+  hopeless.add(opening);
+  return null;
 }
 
 function codeSpan(text, at, hopeless) {
@@ -172,8 +198,12 @@ const indentOf = (line) => line.length - line.trimStart().length;
 function fenceOf(line) {
   const mark = /^ {0,3}(`{3,}|~{3,})/.exec(line);
   if (!mark || (mark[1][0] === "`" && line.slice(mark[0].length).includes("`"))) return null;
-  return { mark: mark[1], indent: indentOf(line) };
+  const [language] = line.slice(mark[0].length).trim().split(/\s/);
+  return { mark: mark[1], indent: indentOf(line), language: language.slice(0, 32) };
 }
+
+/** Whether a formula of several lines begins here. */
+const opensFormula = (line) => /^ {0,3}(\$\$|\\\[)/.exec(line)?.[1];
 
 const isRule = (line) => indentOf(line) < 4 && /^(-{3,}|\*{3,}|_{3,})$/.test(line.replace(/\s/g, ""));
 const headingOf = (line) => /^ {0,3}(#{1,6})(?: |$)/.exec(line);
@@ -201,7 +231,7 @@ export function readBlock(lines, at, depth) {
     if (isQuote(line)) return readQuote(lines, at, depth);
     if (ITEM.test(line)) return readList(lines, at, depth);
   }
-  return readTable(lines, at) ?? readParagraph(lines, at);
+  return readFormula(lines, at) ?? readTable(lines, at) ?? readParagraph(lines, at);
 }
 
 function readBlocks(lines, depth) {
@@ -214,7 +244,21 @@ function readBlocks(lines, depth) {
   return nodes;
 }
 
-function readCode(lines, at, { mark, indent }) {
+/** A formula that stands by itself, its lines as they are; null where it does not end before a blank line. */
+function readFormula(lines, at) {
+  const opening = opensFormula(lines[at]);
+  if (!opening) return null;
+  const closing = FORMULAS[opening];
+  for (let next = at; next < lines.length && lines[next].trim(); next++) {
+    const line = next === at ? lines[at].trim().slice(2) : lines[next].trim();
+    if (!line.endsWith(closing)) continue;
+    const text = lines.slice(at, next + 1).map((each) => each.trim()).join("\n");
+    return { node: el("div", { className: "formula", tabIndex: 0 }, text), next: next + 1 };
+  }
+  return null;
+}
+
+function readCode(lines, at, { mark, indent, language }) {
   let next = at + 1;
   const code = [];
   for (; next < lines.length; next++) {
@@ -223,7 +267,8 @@ function readCode(lines, at, { mark, indent }) {
     code.push(lines[next].slice(Math.min(indent, indentOf(lines[next]))));
   }
   const text = code.join("\n");
-  const block = el("div", { className: "code" }, el("pre", { tabIndex: 0 }, el("code", {}, text)));
+  const label = language ? [el("span", { className: "language" }, language)] : [];
+  const block = el("div", { className: "code" }, ...label, el("pre", { tabIndex: 0 }, el("code", {}, text)));
   if (navigator.clipboard) {
     const copy = button("Copy", async () => {
       await navigator.clipboard.writeText(text);
@@ -281,20 +326,30 @@ function readList(lines, at, depth) {
   return { node: list, next };
 }
 
-const cellsOf = (line) => line.trim().replace(/^\|/, "").replace(/\|$/, "").split("|").map((cell) => cell.trim());
+/** The cells of a row. A bar with a backslash before it is part of its cell, also in code. */
+function cellsOf(line) {
+  const cells = line.trim().replace(/^\|/, "").replace(/((?:^|[^\\])(?:\\\\)*)\|$/, "$1").split(/(?<!\\)\|/);
+  return cells.map((cell) => cell.trim().replaceAll("\\|", "|"));
+}
+
+const alignmentOf = (rule) => ({ "10": "start", "01": "end", "11": "center" })[`${Number(rule.startsWith(":"))}${Number(rule.endsWith(":"))}`];
 
 function readTable(lines, at) {
   if (!lines[at].includes("|") || !lines[at + 1]?.includes("-")) return null;
   const head = cellsOf(lines[at]);
   const rule = cellsOf(lines[at + 1]);
   if (rule.length !== head.length || !rule.every((cell) => /^:?-+:?$/.test(cell))) return null;
+  const cell = (tag, properties, column, text) => {
+    const side = alignmentOf(rule[column]);
+    return el(tag, side ? { ...properties, className: side } : properties, ...inline(text));
+  };
   const body = el("tbody");
   let next = at + 2;
   for (; next < lines.length && lines[next].includes("|"); next++) {
     const cells = cellsOf(lines[next]);
-    body.append(el("tr", {}, ...head.map((_, column) => el("td", {}, ...inline(cells[column] ?? "")))));
+    body.append(el("tr", {}, ...head.map((_, column) => cell("td", {}, column, cells[column] ?? ""))));
   }
-  const row = el("tr", {}, ...head.map((cell) => el("th", { scope: "col" }, ...inline(cell))));
+  const row = el("tr", {}, ...head.map((text, column) => cell("th", { scope: "col" }, column, text)));
   const table = el("table", {}, el("thead", {}, row), body);
   return { node: el("div", { className: "table", tabIndex: 0, role: "region", "aria-label": "Table" }, table), next };
 }
