@@ -1,6 +1,6 @@
 #!/bin/sh
-# Installs the Debian packages that the tests run for real, where they are missing: Postgres, pgBackRest, Redis, nginx,
-# HAProxy, promtool, Chromium, Node, nftables, iptables and iproute2, and a compiler for the driver of the scenario `nvidia`.
+# Installs the Debian packages that the tests run for real, where they are missing: Postgres, pgBackRest, Redis, nginx, HAProxy, Prometheus,
+# Alertmanager and exporters, Chromium, Node, nftables, iptables and iproute2, and a compiler for the driver of the scenario `nvidia`.
 # Nothing is started: the tests start servers of their own, on free loopback ports.
 set -eu
 missing=
@@ -10,6 +10,9 @@ command -v redis-server >/dev/null || missing="$missing redis-server"
 PATH="$PATH:/usr/sbin" command -v nginx >/dev/null || missing="$missing nginx"
 PATH="$PATH:/usr/sbin" command -v haproxy >/dev/null || missing="$missing haproxy"
 command -v promtool >/dev/null || missing="$missing prometheus"
+for name in alertmanager blackbox-exporter node-exporter postgres-exporter redis-exporter; do
+  command -v "prometheus-$name" >/dev/null || missing="$missing prometheus-$name"
+done
 command -v chromium >/dev/null || missing="$missing chromium fonts-dejavu-core"
 { command -v gcc && [ -e /usr/include/stdlib.h ]; } >/dev/null || missing="$missing gcc libc6-dev"
 PATH="$PATH:/usr/sbin" command -v nft >/dev/null || missing="$missing nftables"

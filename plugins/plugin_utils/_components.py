@@ -183,14 +183,17 @@ def scrape_configs(components: Iterable[Component], host: str, serving: list[str
     for metric in (metric for component in components for metric in component.metrics):
         target = metric["target"]
         targets = [target]
-        config: dict[str, Any] = {"job_name": metric["job"]}
+        # Everything says which host it is of, so that one alert about a host that is away can stand for all others.
+        relabel: list[dict[str, Any]] = [{"target_label": "host", "replacement": host}]
+        config: dict[str, Any] = {"job_name": metric["job"], "relabel_configs": relabel}
         if metric.get("per_host"):
             # Prometheus has no way to another host. The target forwards: a host stands among the targets as a name without a port.
             targets = [target] * (host in serving) + [name for name in serving if name != host]
             source = {"source_labels": ["__address__"]}
-            config["relabel_configs"] = [
+            relabel += [
                 {**source, "regex": "([^:]+)", "target_label": "__metrics_path__", "replacement": "/hosts/$1/metrics"},
                 {**source, "regex": "([^:]+)", "target_label": "instance"},
+                {**source, "regex": "([^:]+)", "target_label": "host"},
                 {**source, "regex": "[^:]+", "target_label": "__address__", "replacement": target},
             ]
         configs.append({**config, "static_configs": [{"targets": targets}]})

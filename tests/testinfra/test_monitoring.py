@@ -10,7 +10,7 @@ import pytest
 from testinfra.host import Host
 
 COMPOSE = "/opt/agent-stack/monitoring/compose.yml"
-JOBS = {"agent", "alertmanager", "gateway", "node", "postgres", "prometheus", "redis", "vllm"}
+JOBS = {"agent", "alertmanager", "gateway", "node", "postgres", "probe", "prometheus", "redis", "vllm"}
 # Prints status and body, whatever the status is; every host that Ansible manages has Python, not every one has curl.
 FETCH = """
 import sys, urllib.error, urllib.request
@@ -62,6 +62,19 @@ def test_node_exporter_sees_the_host(host: Host) -> None:
     total_kib = int(host.check_output("sed -n 's/^MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo"))
     assert [int(float(row["value"][1])) for row in query(host, "node_memory_MemTotal_bytes")] == [total_kib * 1024]
     assert query(host, "node_filesystem_avail_bytes")
+
+
+def test_the_host_is_asked(host: Host) -> None:
+    """By a service of its own, whose file the node exporter reads."""
+    assert host.service("agent-stack-host-metrics").is_running
+    assert {(row["metric"]["source"], row["value"][1]) for row in query(host, "agent_stack_host_source_up")} >= {
+        ("docker", "1"),
+        ("systemd", "1"),
+        ("swap", "1"),
+    }
+    running = {row["metric"]["container"]: row["value"][1] for row in query(host, "agent_stack_container_running")}
+    assert running["agent-stack-monitoring-prometheus-1"] == "1"
+    assert query(host, "time() - node_textfile_mtime_seconds{file=~'.*host.prom'} < 60")
 
 
 @pytest.mark.parametrize("alert", ["ModelLatencyHigh", "ModelKvCacheFull", "AgentErrorsHigh"])

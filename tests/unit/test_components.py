@@ -95,7 +95,7 @@ def test_a_role_with_its_declaration_is_a_component(played: tuple[str, dict[str,
     _, found = played
     assert found["image"] == "registry.example.com/vectors:1.2"
     assert found["secrets"] == ["monitoring_grafana_password", "vectors_password"]
-    assert found["jobs"] == [*found["own_jobs"], "vectors"]
+    assert found["jobs"] == [*found["own_jobs"], "vectors", "probe"]
     assert found["saved"] == ["alertmanager", "node-exporter", "postgres-exporter", "prometheus", "redis-exporter", "vectors"]
     assert found["directories"] == [
         {"path": "/opt/agent-stack/vectors/config"},
@@ -104,7 +104,15 @@ def test_a_role_with_its_declaration_is_a_component(played: tuple[str, dict[str,
 
 
 def test_another_components_image_is_not_the_monitorings(played: tuple[str, dict[str, Any]]) -> None:
-    assert sorted(played[1]["monitoring_images"]) == ["alertmanager", "grafana", "node-exporter", "postgres-exporter", "prometheus", "redis-exporter"]
+    assert sorted(played[1]["monitoring_images"]) == [
+        "alertmanager",
+        "blackbox-exporter",
+        "grafana",
+        "node-exporter",
+        "postgres-exporter",
+        "prometheus",
+        "redis-exporter",
+    ]
 
 
 def test_its_inputs_are_checked_before_the_first_change(played: tuple[str, dict[str, Any]]) -> None:
@@ -214,7 +222,7 @@ def test_every_host_that_serves_is_scraped_through_the_own_gateway(serving: list
     component = _components.Component("vllm", metrics=[{"job": "vllm", "target": "gateway:8001", "per_host": True}])
     (config,) = _components.scrape_configs([component], "front", serving)
     assert config["static_configs"] == [{"targets": targets}]
-    assert {rule["replacement"] for rule in config["relabel_configs"] if "replacement" in rule} == {"/hosts/$1/metrics", "gateway:8001"}
+    assert {rule["replacement"] for rule in config["relabel_configs"] if "replacement" in rule} == {"front", "/hosts/$1/metrics", "gateway:8001"}
 
 
 def test_what_the_roles_declare_is_there() -> None:

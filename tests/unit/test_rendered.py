@@ -22,7 +22,7 @@ from programs import ROOT
 RECORDED = Path(__file__).parent / "data" / "rendered"
 # agent_stack last: its templates are what the others include.
 ROLES = ("postgres", "redis", "agent", "monitoring", "agent_stack")
-IMAGES = ("agent", "alertmanager", "grafana", "node-exporter", "postgres", "postgres-exporter", "prometheus", "redis", "redis-exporter")
+IMAGES = ("agent", "alertmanager", "blackbox-exporter", "grafana", "node-exporter", "postgres", "postgres-exporter", "prometheus", "redis", "redis-exporter")
 SHARED: dict[str, Any] = {
     "ansible_connection": "local",
     "ansible_python_interpreter": sys.executable,
@@ -74,6 +74,7 @@ TEMPLATES = {
     "agent.yml": ("agent", "compose.yml.j2"),
     "monitoring.yml": ("monitoring", "compose.yml.j2"),
     "prometheus.yml": ("monitoring", "prometheus.yml.j2"),
+    "agent-stack-host-metrics.service": ("monitoring", "host-metrics.service.j2"),
     "agent-stack@.service": ("agent_stack", "agent-stack@.service.j2"),
     "agent-stack.target": ("agent_stack", "agent-stack.target.j2"),
     "postgres-postgresql.conf": ("postgres", "postgresql.conf.j2"),

@@ -22,8 +22,11 @@ SHARED: dict[str, Any] = {
     "nginx_certbot_proxy_secret": "s" * 32,
     **dict.fromkeys(("nginx_certbot_password", "postgres_agent_password", "postgres_backup_cipher_pass", "postgres_exporter_password"), GOOD),
     **dict.fromkeys(("redis_agent_password", "redis_exporter_password"), GOOD),
+    "agent_stack_image_source": "build",
+    "agent_stack_image_overrides": {},
+    "agent_stack_secrets": {"monitoring_grafana_password": GOOD},
 }
-ROLES = ("postgres", "redis", "nginx_certbot", "logrotate", "firewall")
+ROLES = ("postgres", "redis", "nginx_certbot", "logrotate", "firewall", "monitoring")
 S3 = {
     "postgres_backup_s3_endpoint": "s3.example.com:9000",
     "postgres_backup_s3_bucket": "backups",
@@ -36,6 +39,7 @@ SFTP = {
     "postgres_backup_sftp_host_fingerprint": "0f" * 32,
     "postgres_backup_sftp_private_key_file": __file__,
 }
+HOOK = {"name": "ops", "type": "webhook", "url": "https://chat.example.com/x"}
 TAKEN: dict[str, dict[str, Any]] = {
     "defaults": {},
     "least": {"redis_maxmemory_mib": 16, "postgres_max_connections": "20", "logrotate_keep": 1},
@@ -48,6 +52,12 @@ TAKEN: dict[str, dict[str, Any]] = {
     "no backup": {"postgres_backup_repository": "none"},
     "s3": {"postgres_backup_repository": "s3", **S3},
     "sftp": {"postgres_backup_repository": "sftp", **SFTP},
+    "watched": {
+        "monitoring_alert_receivers": [HOOK, {**HOOK, "name": "watchdog"}, {"name": "own", "email_configs": [{"to": "ops@example.com"}]}],
+        "monitoring_extra_scrape_configs": [{"job_name": "nas", "static_configs": [{"targets": ["192.0.2.10:9100"]}]}],
+        "monitoring_availability_goal": 0.999,
+        "monitoring_probe_address": "",
+    },
     "half": {"postgres_memory_limit_mib": 256, "postgres_shared_buffers_mib": 128},
 }
 BAD_PORTS = [
@@ -109,6 +119,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"redis_agent_password": "short"}, "redis_agent_password has 5 characters; allowed are at least 12, none of them a control character."),
     ({"redis_exporter_password": ""}, "redis_exporter_password has 0 characters; allowed are at least 12"),
+    ({"monitoring_alert_receivers": [{**HOOK, "name": "watchdog"}]}, "monitoring_alert_receivers has watchdog, and none of them gets alerts of the severity"),
+    ({"monitoring_alert_receivers": [{"name": "ops", "type": "pigeon"}]}, "monitoring_alert_receivers has the type 'pigeon' at ops; allowed: one of email,"),
+    ({"monitoring_availability_goal": 1}, "monitoring_availability_goal is 1; allowed is from 0.9 to less than 1 (0.99 means 99 %)."),
+    ({"monitoring_alert_gpu_celsius": 0}, "monitoring_alert_gpu_celsius is 0; allowed is more than 0."),
+    ({"monitoring_alert_error_ratio": 5}, "monitoring_alert_error_ratio is 5; allowed is more than 0, up to 1 (0.9 means 90 %)."),
+    ({"monitoring_probe_address": "example.com"}, "monitoring_probe_address is example.com; allowed is host-gateway, an IP address, or nothing to ask DNS."),
+    ({"monitoring_runbook_url": "docs/runbook.md"}, "monitoring_runbook_url is docs/runbook.md; allowed is an address that begins with http:// or https://"),
+    ({"monitoring_extra_scrape_configs": [{"job_name": "node"}]}, "monitoring_extra_scrape_configs has the jobs node; allowed are different names (job_name)"),
     ({"postgres_exporter_password": "two\nlines of it"}, "postgres_exporter_password has 15 characters; allowed are at least 12, none of them a control"),
 ]
 
