@@ -37,7 +37,7 @@ SERVED = {
 }
 # Messages that failed are counted by Alertmanager itself, from the first one on.
 FAILED = '# TYPE alertmanager_notifications_failed_total counter\nalertmanager_notifications_failed_total{integration="webhook"} 0\n'
-# Panels that are empty while all is well.
+# What may be empty while all is well.
 EMPTY_BY_NATURE = {"annotation Alerts", "annotation Swaps"}
 
 
@@ -119,7 +119,7 @@ PANELS = [(path.stem, title, text) for path in promql.DASHBOARDS for title, text
 
 @pytest.mark.parametrize(("dashboard", "title", "expression"), PANELS, ids=lambda value: re.sub(r"\W+", "-", value)[:40])
 def test_a_panel_has_data(prometheus: Prometheus, dashboard: str, title: str, expression: str) -> None:
-    assert bool(prometheus.query(expression)) != (title in EMPTY_BY_NATURE), f"{dashboard}: {title}"
+    assert prometheus.query(expression) or title in EMPTY_BY_NATURE, f"{dashboard}: {title}"
 
 
 def test_a_panel_that_asks_for_nothing_is_noticed(prometheus: Prometheus) -> None:
