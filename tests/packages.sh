@@ -1,6 +1,6 @@
 #!/bin/sh
-# Installs the Debian packages that the tests run for real, where they are missing: Postgres, pgBackRest, Redis, nginx, HAProxy,
-# Prometheus with promtool, Alertmanager and exporters, Chromium, Node, nftables, iptables, iproute2, and a compiler for the driver of the scenario `nvidia`.
+# Installs the Debian packages that the tests run for real, where they are missing: Postgres, pgBackRest, Redis, nginx, HAProxy, Prometheus,
+# Alertmanager and exporters, Chromium, Node, nftables, iptables and iproute2, and a compiler for the driver of the scenario `nvidia`.
 # Nothing is started: the tests start servers of their own, on free loopback ports.
 set -eu
 missing=

@@ -90,7 +90,7 @@ BROKEN = [
     ("ModelLatencyHigh", "expr", "> 5", "> 4.9"),
     ("ModelLatencyHigh", "for", "2m", "1m"),
     ("ModelLatencyHigh", "expr", "unless on (model_name)", "and on (model_name)"),
-    ("ModelLatencyHigh", "expr", "> 9.5", "> 2"),
+    ("ModelLatencyHigh", "expr", "> 9.5", "> 0.5"),
     ("ModelPreemptions", "expr", "> 10", "> 25"),
     ("ModelPreemptions", "expr", "> 10", "> 7"),
     ("ModelQueueGrows", "expr", "> 4", "> 40"),

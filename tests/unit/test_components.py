@@ -96,7 +96,7 @@ def test_a_role_with_its_declaration_is_a_component(played: tuple[str, dict[str,
     assert found["image"] == "registry.example.com/vectors:1.2"
     assert found["secrets"] == ["monitoring_grafana_password", "vectors_password"]
     assert found["jobs"] == [*found["own_jobs"], "vectors", "probe"]
-    assert found["saved"] == ["alertmanager", "node-exporter", "postgres-exporter", "prometheus", "redis-exporter", "vectors"]
+    assert found["saved"] == ["alertmanager", "blackbox-exporter", "node-exporter", "postgres-exporter", "prometheus", "redis-exporter", "vectors"]
     assert found["directories"] == [
         {"path": "/opt/agent-stack/vectors/config"},
         {"path": "/var/lib/agent-stack/vectors", "owner": "1000", "mode": "0700"},
