@@ -52,6 +52,7 @@ def test_every_container_is_confined(containers: Containers) -> None:
 
 # A machine on the host's network: its packets arrive at the interface up0, and it knows the way to every address of the host's containers.
 NEIGHBOUR = """
+mount -o remount,rw /proc/sys
 ip netns add neighbour
 ip link add up0 type veth peer name eth0 netns neighbour
 ip address add 10.99.0.1/24 dev up0; ip link set up0 up; echo 1 > /proc/sys/net/ipv4/conf/up0/route_localnet
@@ -102,7 +103,8 @@ EVENTS = {
     "nothing": "true",
     "Docker was restarted": "systemctl restart docker",
     "Docker was reloaded": "systemctl reload docker",
-    "nftables was loaded": "systemctl reload-or-restart nftables && systemctl restart docker",
+    # With all others in tests/unit/test_firewall.py: without its own tables Docker would have lost every published port, until the containers start again.
+    "the table was removed": "nft delete table inet agent_stack; sleep 2",
 }
 
 
@@ -131,6 +133,7 @@ def test_without_the_rules_a_neighbour_does(on_host: Callable[..., str], contain
     on_host("systemctl", "stop", "agent-stack-firewall.service")
     try:
         on_host("nft", "delete", "table", "inet", "agent_stack")
+        # From 28 on engines drop what is addressed to a container; 26, as on Debian 13, does not.
         assert ["127.0.0.1", 8080] in neighbour(every)
     finally:
         on_host("systemctl", "start", "agent-stack-firewall.service")

@@ -113,7 +113,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A site with a certificate that nobody signed."""
     directory = tmp_path_factory.mktemp("site")
     pem = directory / "site.pem"
-    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-days", "30", "-keyout", pem, "-out", directory / "c.pem"]
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-days", "30", "-keyout", str(pem), "-out", str(directory / "c.pem")]
     subprocess.run(
         [
             "openssl",

@@ -70,11 +70,14 @@ def apply(directory: Path) -> None:
 
 def watch(directory: Path) -> None:
     # Listens before the first look, so that nothing falls between the two.
-    with subprocess.Popen([NFT, "monitor", "destroy", "tables"], stdout=subprocess.PIPE, text=True) as monitor:
+    # Not `monitor destroy tables`, which nft 1.1 takes for another command.
+    with subprocess.Popen([NFT, "monitor", "tables"], stdout=subprocess.PIPE, text=True) as monitor:
         assert monitor.stdout is not None
         apply(directory)
-        # Any line, because the kernel also says so when it could not tell everything.
-        for _line in monitor.stdout:
+        for event in monitor.stdout:
+            # The kernel also says so when it could not tell everything.
+            if not event.startswith("delete table") and "ERROR" not in event:
+                continue
             time.sleep(PAUSE_SECONDS)
             if not in_force():
                 print(f"the table {' '.join(TABLE)} was removed; it is put in force again", flush=True)
