@@ -160,7 +160,7 @@ def test_an_entry_is_whole(name: str) -> None:
     assert entry["unit"]
     assert entry["meaning"].endswith(".")
     # OpenMetrics would refuse a counter without it. Prometheus' exporters of other programs have a few.
-    if entry["exporter"] in {"agent", "host", "watchdog"}:
+    if entry["exporter"] in {"agent", "backup", "host", "watchdog"}:
         assert (entry["type"] == "counter") == name.endswith("_total")
 
 

@@ -29,6 +29,7 @@ from test_metrics_contract import SCRAPES, families
 
 ROLE = promql.ROLE
 watchdog = load("roles/vllm/files/watchdog.py")
+backup = load("roles/postgres/files/backup.py")
 
 
 def fetch(url: str) -> str:
@@ -95,6 +96,11 @@ def test_gateway() -> None:
 
 def test_watchdog() -> None:
     compare("watchdog", watchdog.metrics(watchdog.Memory()))
+
+
+def test_backup() -> None:
+    backups = [{"type": kind, "timestamp": {"stop": stop}, "info": {"size": 1, "repository": {"delta": 1}}} for kind, stop in (("full", 1), ("diff", 2))]
+    compare("backup", backup.exposition(backup.Repository("", True, "1", backups), [0, 0, 0], backup.Memory()))
 
 
 class Site(BaseHTTPRequestHandler):
