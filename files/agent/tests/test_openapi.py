@@ -19,6 +19,7 @@ CANARY = "canary-7f3a"
 OPEN = {"/health", "/metrics", "/ready"}
 # NUL and half a surrogate pair cannot be ruled out in a schema, but in one sentence: they are in the tests below. Nor can
 # a schema say that a tool's result follows its call, and that the last question is no blank one: see test_openai_api.py.
+# Nor which of all options that clients send along are the agent's, and whether a thread has something to go on with.
 SCHEMATHESIS = """
 [generation]
 allow-x00 = false
@@ -29,6 +30,12 @@ include-path = ["/openai/v1/chat/completions", "/openai/v1/responses"]
 
 [operations.checks.positive_data_acceptance]
 expected-statuses = ["2xx", "400", "401", "403", "404", "409", "5xx"]
+
+[[operations]]
+include-path-regex = "^(/threads/[^/]+)?/runs(/batch|/stream|/wait)?$|^/assistants"
+
+[operations.checks.positive_data_acceptance]
+expected-statuses = ["2xx", "401", "403", "404", "409", "422", "429", "5xx"]
 """
 
 

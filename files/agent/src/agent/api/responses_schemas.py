@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from agent.api.openai_errors import MODEL
 from agent.api.openai_schemas import (
@@ -21,6 +21,7 @@ from agent.api.openai_schemas import (
     ToolName,
 )
 from agent.api.schemas import UUID_TEXT, WHOLE, Body
+from agent.errors import InvalidRequest
 
 RESPONSE_ID = rf"^resp_{UUID_TEXT[1:]}"
 MEANINGLESS = Meaningless(
@@ -140,7 +141,7 @@ class ResponseCreate(Body):
         return MEANINGLESS.drop(value)
 
     def completion(self) -> Completion:
-        """The same as a request for a completion, which says all that the agent needs to know."""
+        """The same as a request for a completion, which says all that the agent needs to know. Raises InvalidRequest."""
         logprobs = "message.output_text.logprobs" in (self.include or ())
         asked: dict[str, Any] = {
             "model": self.model,
@@ -159,7 +160,13 @@ class ResponseCreate(Body):
             "tool_choice": _choice(self.tool_choice),
             "response_format": _format(self.text.format if self.text else None),
         }
-        return Completion.model_validate(asked)
+        if not asked["messages"]:
+            raise InvalidRequest("input: there must be a question, a message of the user's.")
+        try:
+            return Completion.model_validate(asked)
+        except ValidationError as error:
+            first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+            raise InvalidRequest(f"{'.'.join(map(str, first['loc']))}: {first['msg']}.") from None
 
     def _messages(self) -> Iterator[dict[str, Any]]:
         if self.instructions:
