@@ -447,7 +447,7 @@ class DockerHost:
             if address and address == known:
                 return
             if self.now() > deadline:
-                raise SwapError(f"the gateway takes {slot}.model.internal for {known}, and its address is {address}")
+                raise SwapError(f"the gateway takes the server of {slot} for {known}, and its address is {address}")
             self.pause(0.2)
 
     def keep_route(self, slot: str) -> bool:

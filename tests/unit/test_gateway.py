@@ -69,7 +69,9 @@ class Stack:
         servers = render("servers.cfg.j2", topology, **values).replace("/etc/agent-stack/peers", str(directory / "peers"))
         # Names are Docker's affair; here the slots are ports.
         servers = re.sub(
-            r"(blue|green)\.model\.internal:8000 resolvers docker resolve-prefer ipv4 init-addr \S+", lambda match: f"127.0.0.1:{self.ports[match[1]]}", servers
+            r"agent-stack-vllm-(blue|green)-server-1:8000 resolvers docker resolve-prefer ipv4 init-addr \S+",
+            lambda match: f"127.0.0.1:{self.ports[match[1]]}",
+            servers,
         )
         self.paths.servers.write_text(servers.replace("/run/vllm", str(self.paths.sockets("").resolve())))
         self.command = ["haproxy", "-db", "-f", str(directory / "haproxy.cfg"), "-f", str(self.paths.servers)]

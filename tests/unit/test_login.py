@@ -27,7 +27,7 @@ class Site:
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.clock = Clock()
         self.hashes = 0
-        # The real one takes 50 ms.
+        # The real one takes a tenth of a second.
         monkeypatch.setattr(login, "hashed", self.hashed)
         self.file = directory / "passwords"
         self.write("right")

@@ -26,7 +26,7 @@ SHARED: dict[str, Any] = {
     "agent_stack_image_overrides": {},
     "agent_stack_secrets": {"monitoring_grafana_password": GOOD},
 }
-ROLES = ("postgres", "redis", "nginx_certbot", "logrotate", "firewall", "monitoring")
+ROLES = ("postgres", "redis", "nginx_certbot", "logrotate", "firewall", "host", "monitoring")
 S3 = {
     "postgres_backup_s3_endpoint": "s3.example.com:9000",
     "postgres_backup_s3_bucket": "backups",
@@ -42,7 +42,7 @@ SFTP = {
 HOOK = {"name": "ops", "type": "webhook", "url": "https://chat.example.com/x"}
 TAKEN: dict[str, dict[str, Any]] = {
     "defaults": {},
-    "least": {"redis_maxmemory_mib": 16, "postgres_max_connections": "20", "logrotate_keep": 1},
+    "least": {"redis_maxmemory_mib": 16, "postgres_max_connections": "20", "logrotate_keep": 1, "host_journal_max_mib": 64},
     "most": {"redis_maxmemory_mib": 65536, "postgres_max_connections": 10000, "nginx_certbot_read_timeout_seconds": 3600},
     "ports": {
         "firewall_tcp_ports": [1, 65535, "8080"],
@@ -102,6 +102,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"postgres_backup_repository": "sftp", **SFTP, "postgres_backup_sftp_private_key_file": "/absent"},
         'postgres_backup_sftp_private_key_file is "/absent"; allowed is a file on the controller.',
     ),
+    ({"host_journal_max_mib": 63}, "host_journal_max_mib is 63; allowed is a whole number from 64 to 102400."),
     ({"logrotate_keep": 366}, "logrotate_keep is 366; allowed is a whole number from 1 to 365."),
     ({"nginx_certbot_more_domains": ["Chat.example.com"]}, 'nginx_certbot_more_domains is ["Chat.example.com"]. Allowed: up to 99 host names'),
     ({"nginx_certbot_more_domains": ["agent.example.com"]}, 'nginx_certbot_more_domains is ["agent.example.com"]. Allowed: up to 99 host names'),

@@ -8,7 +8,7 @@
 DIRECTORY holds containers.nft and, where the host itself is guarded, host.nft.
 
 The table is the stack's own, so no reload of Docker, ufw or firewalld touches it. `nft flush ruleset`, with which /etc/nftables.conf begins, removes
-every table: the kernel says so, and the table is back within milliseconds.
+every table: the kernel says so, and the table is back within a second.
 """
 
 import hashlib

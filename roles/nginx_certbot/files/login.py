@@ -4,9 +4,9 @@
     login.py hash NAME               read a password from standard input, print its line for the file PASSWORDS
     login.py check PASSWORDS NAME    read a password from standard input, exit with 0 if it is the one of that name in the file
 
-A password costs some 50 ms and 32 MiB to check, so a right one is remembered for its address for a while, as a keyed digest. Wrong ones are counted for each
-address and each name: after five in a row the next is looked at after a second only, then after two, four and so on. Who was right before from an address
-waits for no name.
+A password costs a tenth of a second and 32 MiB to check, so a right one is remembered for its address for a while, as a keyed digest. Wrong ones are counted
+for each address and each name: after five in a row the next is looked at after a second only, then after two, four and so on. Who was right before from an
+address waits for no name.
 An unknown name takes as long as a known one.
 """
 
