@@ -91,11 +91,10 @@ def test_a_dry_run_needs_no_confirmation(installed: Path) -> None:
 def test_cleaning_is_what_was_asked_for(installed: Path) -> None:
     said = play(installed, "clean")
     for host, days, kinds in (("plain", "7", "images"), ("meant", "30", "build_cache"), ("data", "7", "kinds=[models]")):
-        for text in (f"days={days}", kinds, "model=Qwen/Qwen3-8B", "model old 2.00 KB", "docker.io/library/postgres"):
+        for text in (f"days={days}", kinds, "model=Qwen/Qwen3-8B", "model old, 2.00 KB", "docker.io/library/redis"):
             assert text in said[host], (host, said[host])
-    assert "clean_days is -1; allowed is 0 or more." in said["packages"]
-    assert "agent_stack_clean_days" in said["odd"]
-    assert "soon" in said["odd"]
+    assert "clean_days is -1; allowed is a number of days, 0 or more." in said["packages"]
+    assert "clean_days is soon; allowed is a number of days, 0 or more." in said["odd"]
 
 
 def test_a_host_without_the_command_is_a_sentence(installed: Path) -> None:
