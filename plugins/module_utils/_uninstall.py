@@ -462,9 +462,10 @@ class Removal:
         declared = self.footprint["packages"]
         with_data = [name for name in going if declared.get(name, {}).get("data")]
         stays = [] if self.wish.with_data else with_data
-        for word, names in (("purge", [name for name in going if name not in stays]), ("remove", stays)):
+        # First what only is removed: it needs some of the others, which apt would otherwise not take without it.
+        for word, names in (("remove", stays), ("purge", [name for name in going if name not in stays])):
             if names:
-                self._apt(word, names)
+                self._apt(word, names, going)
         for name in going:
             for path in declared.get(name, {}).get("leaves", []) if name not in stays else []:
                 if path.endswith("/"):
@@ -480,14 +481,15 @@ class Removal:
                 self._note("networks", "docker0")
                 self._do("ip", "link", "delete", "docker0")
 
-    def _apt(self, word: str, names: Sequence[str]) -> None:
+    def _apt(self, word: str, names: Sequence[str], allowed: Sequence[str] = ()) -> None:
         flags = ("-y", "-q", "-o", "APT::Get::AutomaticRemove=false", "-o", "DPkg::Lock::Timeout=120")
         status, said = self.host.run("apt-get", *flags, "--simulate", word, *names, LC_ALL="C")
         if status != 0:
             raise UninstallError(f"apt cannot remove {', '.join(names)}: {said.strip()}")
         would = {line.split()[1].partition(":")[0] for line in said.splitlines() if line.startswith(("Remv ", "Purg "))}
-        if would - set(names):
-            raise UninstallError(f"apt would also remove {', '.join(sorted(would - set(names)))}, so no package was removed. Remove them by hand.")
+        more = would - {*names, *allowed}
+        if more:
+            raise UninstallError(f"apt would also remove {', '.join(sorted(more))}, so no package was removed. Remove them by hand.")
         for name in names:
             self._note("packages", name)
         self._do("apt-get", *flags, word, *names, DEBIAN_FRONTEND="noninteractive")

@@ -139,8 +139,11 @@ class Machine:
             case ["apt-get", *rest]:
                 word = "purge" if "purge" in rest else "remove"
                 names = rest[rest.index(word) + 1 :]
+                # As apt does it: what needs one of them goes, too.
+                needing = [each.name for each in self.packages.values() if each.installed and any(clause[0] in names for clause in each.depends)]
                 if "--simulate" in rest:
-                    return text([f"{'Purg' if word == 'purge' else 'Remv'} {name} [1]" for name in names])
+                    return text([f"{'Purg' if word == 'purge' else 'Remv'} {name} [1]" for name in dict.fromkeys([*names, *needing])])
+                assert set(needing) <= set(names)
                 self.did.append(f"{word} {' '.join(names)}")
                 for name in names:
                     left = self.packages.pop(name)
@@ -231,7 +234,7 @@ def install(machine: Machine, *, only: int = 99) -> None:
         lambda: machine.write("/opt/agent-stack/redis/compose.yml", "name: agent-stack-redis"),
         lambda: machine.containers.append(("c1", "agent-stack-redis", "agent-stack-redis-redis-1")),
         lambda: machine.write("/var/lib/agent-stack/postgres/base", "conversations"),
-        lambda: machine.add(package("nginx"), package("certbot"), package("curl")),
+        lambda: machine.add(package("nginx"), package("certbot", "python3-requests"), package("curl"), package("python3-requests")),
         lambda: machine.write("/etc/nginx/agent-stack/htpasswd"),
         lambda: machine.write("/etc/letsencrypt/live/agent.example.com/fullchain.pem"),
         lambda: machine.write("/etc/letsencrypt/renewal/agent.example.com.conf"),
@@ -260,7 +263,7 @@ def test_a_host_becomes_what_it_was(machine: Machine) -> None:
     assert set(machine.packages) == packages
     assert (machine.units, machine.containers, machine.networks) == ({}, [], [])
     assert not (machine.root / "etc/systemd/system/logrotate.timer.d").exists()
-    assert removal.removed["packages"] == ["certbot", "containerd", "curl", "docker.io", "nginx"]
+    assert removal.removed["packages"] == ["certbot", "containerd", "curl", "docker.io", "nginx", "python3-requests"]
     assert removal.removed["groups"] == ["docker"]
     assert (machine.root / "etc/passwd").read_text() == "root:x:0:0::/root:/bin/bash\n"
     assert removal.removed["users"] == ["agent-stack-login"]
@@ -333,7 +336,7 @@ def test_what_others_have_stays(machine: Machine) -> None:
     assert (machine.root / "etc/logrotate.d/nginx").read_text() == "theirs"
     assert (machine.root / "etc/letsencrypt/renewal/own.example.com.conf").exists()
     assert not (machine.root / "etc/letsencrypt/renewal/agent.example.com.conf").exists()
-    assert set(machine.packages) == {"bash", "libc6", "docker.io", "containerd", "logrotate", "nginx", "certbot"}
+    assert set(machine.packages) == {"bash", "libc6", "docker.io", "containerd", "logrotate", "nginx", "certbot", "python3-requests"}
     assert machine.images == ["redis:8.0.3-bookworm", "theirs:1"]
     assert removal.removed["images"] == ["agent-stack/redis:1f"]
     assert [each[2] for each in machine.containers] == ["theirs"]
