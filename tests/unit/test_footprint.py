@@ -64,6 +64,7 @@ def rendered(text: str, values: dict[str, Any]) -> str:
     """Fill in what is known; everything else may be anything."""
     for _ in range(6):
         text = re.sub(r"\{\{ *(\w+(?:\.\w+)?) *\}\}", lambda match: known(match[1], values), text)
+        text = re.sub(r"\{\{ *(\w+\.\w+) \| dirname *\}\}", lambda match: str(Path(known(match[1], values)).parent), text)
     return re.sub(r"\{\{.*?\}\}", "*", text).strip()
 
 
@@ -74,10 +75,12 @@ def known(name: str, values: dict[str, Any]) -> str:
     return value.strip() if isinstance(value, str) else "*"
 
 
-def each(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The loop's items, where they are written down."""
+def each(task: dict[str, Any], values: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The loop's items, where they are written down: in the task, or in a variable of the role."""
     loop = task.get("loop")
-    items = loop if isinstance(loop, list) else [None]
+    if isinstance(loop, str) and (variable := re.match(r"\{\{ *(\w+)", loop)):
+        loop = values.get(variable[1])
+    items = loop if isinstance(loop, list) and loop else [None]
     for item in items:
         yield {"item": item} if item is not None else {}
 
@@ -112,7 +115,7 @@ def _written() -> Iterator[tuple[str, str]]:
         if task.get("delegate_to") == "localhost":
             continue
         values = variables(role) | task.get("vars", {})
-        for item in each(task):
+        for item in each(task, values):
             if module in PATHS and arguments.get("state") != "absent":
                 yield from ((rendered(arguments[key], values | item), where) for key in PATHS[module])
             if module == "file_tree":
@@ -155,7 +158,7 @@ def test_the_reader_sees_what_is_there() -> None:
 
 
 # Directories of the system, which a role makes sure of before it writes into them; Debian's packages have them.
-SYSTEM = {"/etc/apt/keyrings", "/etc/letsencrypt/renewal-hooks/deploy"}
+SYSTEM = {"/etc/apt/apt.conf.d", "/etc/apt/keyrings", "/etc/sysctl.d", "/etc/letsencrypt/renewal-hooks/deploy"}
 
 
 @pytest.mark.parametrize(("path", "where"), written())
