@@ -26,7 +26,12 @@ BROKEN = [
     ("AgentErrorsHigh", "expr", "> 0.05", "> 0.039"),
     ("AgentErrorsHigh", "expr", 'status=~"5.."', 'status=~"[45].."'),
     ("AgentErrorsHigh", "expr", 'route=~"/chat(/stream)?|', 'route=~".*|'),
-    ("AgentErrorsHigh", "expr", "/chat(/stream)?|/openai/v1/chat/completions|(/threads/[{]thread_id[}])?/runs(/stream|/wait)?", "/chat.*"),
+    (
+        "AgentErrorsHigh",
+        "expr",
+        "/chat(/stream)?|/openai/v1/(chat/completions|responses)|/runs/batch|(/threads/[{]thread_id[}])?/runs(/stream|/wait)?",
+        "/chat.*",
+    ),
     ("AgentErrorsHigh", "expr", "> 2.5", "> 0.5"),
     ("AgentNotReady", "expr", "== 0", "== 2"),
     ("AgentNotReady", "expr", " unless on () agent_stack_swap_under_way == 1", ""),

@@ -7,7 +7,7 @@ import pytest
 from fastapi.routing import APIRoute
 from prometheus_client.parser import text_string_to_metric_families
 
-from agent.api import chat, langgraph, openai, runs
+from agent.api import chat, langgraph, openai, responses, runs
 from agent.metrics import TURN_ROUTES, TURN_STATUSES, Metrics, failure_codes
 
 SUBMITS = re.compile(r"await _?submit(_stateless)?\(")
@@ -20,7 +20,7 @@ def value(metrics: Metrics, name: str, **labels: str) -> float | None:
 
 def test_routes_that_ask_for_a_turn() -> None:
     """Those that hand something to the engine: the alert about errors sees no others."""
-    routes = [route for module in (chat, langgraph, openai, runs) for route in module.router.routes if isinstance(route, APIRoute)]
+    routes = [route for module in (chat, langgraph, openai, responses, runs) for route in module.router.routes if isinstance(route, APIRoute)]
     asking = [route for route in routes if SUBMITS.search(inspect.getsource(route.endpoint))]
     assert all(route.methods == {"POST"} for route in asking)
     assert {route.path for route in asking} == set(TURN_ROUTES)
