@@ -813,7 +813,7 @@ def main() -> None:
             "enforce_eager": {"type": "bool", "default": False},
             "language_model_only": {"type": "bool", "default": False},
             "max_num_seqs": {"type": "int", "default": 0},
-            "max_num_batched_tokens": {"type": "int", "default": 0},
+            "max_num_batched_tokens": {"type": "int", "default": 0, "no_log": False},
             "quantization": {"type": "str", "default": ""},
             "speculative_config": {"type": "dict", "default": {}},
             "lora_adapters": {"type": "list", "elements": "dict", "default": []},

@@ -75,7 +75,7 @@ def containers(ask: Callable[..., str] = run) -> list[Family]:
 def units(ask: Callable[..., str] = run) -> list[Family]:
     failed = Family("agent_stack_unit_failed", "gauge", "1 if systemd says that the unit has failed.")
     for line in ask("systemctl", "list-units", "--all", "--plain", "--no-legend", "--full", *UNITS).splitlines():
-        name, _, active, *_ = line.split()
+        name, _load, active, *_more = line.split()
         failed.samples.append(({"unit": name}, float(active == "failed")))
     return [failed]
 
@@ -150,7 +150,7 @@ class Kernel:
 
     path: str = "/dev/kmsg"
     stream: int | None = None
-    counts: Counter[str] = field(default_factory=lambda: Counter[str]())
+    counts: Counter[str] = field(default_factory=Counter)
 
     def families(self) -> list[Family]:
         """Raises OSError if the log cannot be read."""
@@ -231,7 +231,7 @@ def main() -> None:
         sources |= {"gpu": gpus, "kernel": Kernel().families}
     while True:
         replace(data / "textfile" / "host.prom", collected(sources))
-        for _ in range(PERIOD // SWAP_PERIOD):
+        for _look in range(PERIOD // SWAP_PERIOD):
             time.sleep(SWAP_PERIOD)
             swaps.look()
 

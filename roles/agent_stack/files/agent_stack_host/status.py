@@ -157,7 +157,7 @@ def backup(host: Host) -> dict[str, Any]:
     directory = host.config.data / "textfile"
     for file in sorted(directory.glob("*.prom")) if directory.is_dir() else []:
         for line in host.read(file).splitlines():
-            name, _, value = line.rpartition(" ")
+            name, _sep, value = line.rpartition(" ")
             if name.startswith(BACKUP):
                 found[name.removeprefix(BACKUP)] = float(value)
     # One of each type: full, diff.
