@@ -156,7 +156,8 @@ def test_a_run_with_all_that_clients_send_for_nothing(client: SyncLangGraphClien
     assert run["metadata"] == {"a": 1, "b": 2}
     assert client.http.get(f"/threads/{thread}/runs/{run['run_id']}/join", params={"cancel_on_disconnect": "0"})["messages"]
     assert client.threads.search(limit=1000, metadata=None, ids=None, status=None)
-    assert client.http.post("/store/items/search", json={"filter": None, "query": "", "refresh_ttl": True, "limit": 500}) == {"items": []}
+    asked = {"namespace_prefix": ["nothing"], "filter": None, "query": "", "refresh_ttl": True, "limit": 500}
+    assert client.http.post("/store/items/search", json=asked) == {"items": []}
     client.store.put_item(["nothing"], key="a", value={"a": None}, index=False)
     assert client.store.get_item(["nothing"], key="a", refresh_ttl=False)["value"] == {"a": None}
 
