@@ -72,7 +72,7 @@ test-all:
 
 ## make drills        by hand, before a release: the long counts of all drills, and the benches
 .PHONY: drills
-drills: drill-agent drill-restore
+drills: drill-agent drill-restore drill-uninstall
 	$(MAKE) molecule-swap molecule-hosts molecule-nvidia system-test
 	$(MAKE) bench-agent bench-swap bench-rows bench-retention
 
@@ -240,6 +240,11 @@ RESTORE_DRILL := cd files/agent && $(CURDIR)/.cache/agent-venv/bin/python tests/
 .PHONY: drill-restore
 drill-restore: .cache/agent-venv/.complete packages
 	$(RESTORE_DRILL) --rounds 10
+
+## make drill-uninstall  the whole stack on a host of its own, then uninstalled: a diff of the host before and after
+.PHONY: drill-uninstall
+drill-uninstall: images
+	$(PART) $@ bash tests/molecule.sh default uninstall
 
 ## make bench-retention  what live turns notice while the retention job deletes 100,000 threads; about five minutes
 .PHONY: bench-retention

@@ -7,10 +7,15 @@ scenario=$1
 export COLUMNS=${COLUMNS:-160} PYTHONUNBUFFERED=1
 # What an earlier run left, and molecule's memory of it: with `--destroy never` it would go on with that.
 [ "${2-}" = more ] || molecule destroy -s "$scenario"
+if [ "$scenario" = default ] && [ "${2-}" = uninstall ]; then
+  molecule converge -s default
+  python -m pytest -q -rP molecule/default/tests/test_uninstall.py
+  molecule destroy -s default
+  exit
+fi
 if [ "$scenario" = default ]; then
   molecule test -s default --destroy never
   DRILL_HOST=agent-stack-molecule python -m pytest -q -rP tests/system/test_5_recovery.py -k restarted_host
-  python -m pytest -q -rP molecule/default/tests/test_uninstall.py
   molecule destroy -s default
   exit
 fi
