@@ -38,7 +38,8 @@ def container(component: str, service: str, state: str = "running", health: str 
 
 
 def unit(name: str, state: str = "active", boot: str = "enabled") -> str:
-    return f"Id={name}\nLoadState=loaded\nActiveState={state}\nSubState={state}\nResult=success\nUnitFileState={boot}"
+    result = "" if name.endswith((".slice", ".target")) else "Result=success\n"
+    return f"Id={name}\nLoadState=loaded\nActiveState={state}\nSubState={state}\n{result}UnitFileState={boot}"
 
 
 class Fake(Host):
@@ -82,7 +83,9 @@ class Fake(Host):
         if name == "docker inspect":
             return json.dumps(self.containers)
         if name == "systemctl show":
-            return "\n\n".join(self.units) + "\n"
+            # A pattern finds what is not active only with --all.
+            shown = [each for each in self.units if "--all" in command or "ActiveState=inactive" not in each or "Id=agent-stack" not in each]
+            return "\n\n".join(shown) + "\n"
         if name not in self.programs:
             raise Unknown(f"{command[0]} cannot be run: No such file or directory")
         return self.programs[name]
@@ -192,6 +195,11 @@ ALERT = {
         pytest.param(assign(containers=[]), "degraded", "postgres has no container", id="containers are gone"),
         pytest.param(assign(units=[unit("agent-stack@agent.service", "failed")]), "degraded", "agent-stack@agent.service failed (success)", id="a unit failed"),
         pytest.param(assign(units=[unit("nginx.service", "inactive")]), "degraded", "nginx.service is inactive", id="a unit that should run"),
+        pytest.param(
+            assign(units=[unit("agent-stack-firewall.service", "inactive")]),
+            *("degraded", "agent-stack-firewall.service is inactive"),
+            id="a unit of the stack that should run",
+        ),
         pytest.param(assign(samples=None), "degraded", "traffic is not known: prometheus does not answer", id="Prometheus is away"),
         pytest.param(assign(firing=[ALERT]), "degraded", "alert DiskAlmostFull: / is almost full", id="an alert"),
         pytest.param(backups(40, 1), "degraded", "the last backup is 40 h old", id="an old backup"),
@@ -480,6 +488,10 @@ def test_a_host_that_is_well_has_nothing_wrong(host: Fake, capsys: pytest.Captur
         (assign(engine=False), "containers run and are healthy", "Cannot connect", "systemctl status docker"),
         (lambda host: host.containers[0].update({"RestartCount": 9}), "starts again and again", "agent-stack-agent-agent-1 9 times", "docker logs"),
         (assign(units=[unit("agent-stack@agent.service", "failed")]), "no unit failed", "agent-stack@agent.service", "journalctl -u agent-stack@agent.service"),
+        (
+            assign(units=[unit("agent-stack-firewall.service", "inactive")]),
+            *("what starts on boot runs", "agent-stack-firewall.service", "systemctl start agent-stack-firewall.service"),
+        ),
         (assign(door=None), "nginx reaches the agent", "does not answer", "systemctl status nginx"),
         (assign(ready=(503, {"error": {"not_ready": ["redis"]}})), "all that a turn needs", "it lacks redis", "agent-stack status"),
         (assign(ready=None), "all that a turn needs", "agent does not answer", "docker logs --tail 50 agent-stack-agent-agent-1"),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from agent_stack_host import status
-from agent_stack_host.ask import Host, Unknown, ask_all
+from agent_stack_host.ask import Config, Host, Unknown, ask_all
 
 NETWORKS = ("data", "edge", "egress", "inference", "model", "monitor")
 GIB = 1024**3
@@ -34,7 +34,7 @@ def examine(host: Host) -> list[Finding]:
         asked["configuration"] = lambda: host.program("nginx", "-t", "-q")
         asked["name"] = lambda: host.program("getent", "hosts", host.config.domain)
     answers = ask_all(asked)
-    return [*_programs(answers), *_stack(found), *_service(found), *_room(found), *_files(host)]
+    return [*_programs(answers), *_stack(found, host.config), *_service(found), *_room(found), *_files(host)]
 
 
 def _programs(answers: dict[str, Any]) -> Iterator[Finding]:
@@ -70,7 +70,7 @@ def _programs(answers: dict[str, Any]) -> Iterator[Finding]:
     yield from finding("name", "the host can look its own name up", lambda said: "" if said else "no answer", "Look at the DNS entry of agent_stack_domain.")
 
 
-def _stack(found: dict[str, Any]) -> Iterator[Finding]:
+def _stack(found: dict[str, Any], config: Config) -> Iterator[Finding]:
     """Containers and units."""
     bad = {}
     for container in found["containers"] or []:
@@ -94,6 +94,8 @@ def _stack(found: dict[str, Any]) -> Iterator[Finding]:
         yield Finding("no unit failed", found["unknown"].get("units", "no answer"), "systemctl status", unknown=True)
     else:
         yield Finding("no unit failed", names, remedy)
+        stopped = [unit["name"] for unit in found["units"] if status.is_stopped(unit, config)]
+        yield Finding("what starts on boot runs", ", ".join(stopped), f"systemctl start {' '.join(stopped)}" if stopped else "")
 
 
 def _service(found: dict[str, Any]) -> Iterator[Finding]:

@@ -70,13 +70,16 @@ def containers(host: Host) -> list[dict[str, Any]]:
 
 
 def units(host: Host) -> list[dict[str, str]]:
-    """Return the stack's units and those that it stands on, as systemd has them."""
-    said = host.program("systemctl", "show", f"--property={','.join(UNIT_FIELDS)}", "agent-stack*", *UNITS)
-    blocks = [dict(line.partition("=")[::2] for line in block.splitlines()) for block in said.split("\n\n") if block.strip()]
+    """Return the stack's units and those that it stands on, as systemd has them, without those that only a timer or a socket starts and that now rest."""
+    # Without --all a pattern finds no unit that is stopped.
+    said = host.program("systemctl", "show", "--all", f"--property={','.join(UNIT_FIELDS)}", "agent-stack*", *UNITS)
+    every = [dict(line.partition("=")[::2] for line in block.splitlines()) for block in said.split("\n\n") if block.strip()]
+    # Slices and targets run nothing themselves, and have no result.
+    blocks = [block for block in every if not block["Id"].endswith((".slice", ".target"))]
     return [
         {"name": block["Id"], "state": block["ActiveState"], "sub": block["SubState"], "result": block["Result"], "boot": block["UnitFileState"]}
         for block in sorted(blocks, key=lambda block: block["Id"])
-        if block["LoadState"] == "loaded" and not block["Id"].endswith(".slice")
+        if block["LoadState"] == "loaded" and (block["ActiveState"] != "inactive" or block["UnitFileState"] == "enabled")
     ]
 
 
@@ -283,7 +286,7 @@ def is_degraded(found: dict[str, Any], config: Config, now: float) -> Iterable[s
     for unit in found["units"] or []:
         if unit["state"] == "failed":
             yield f"{unit['name']} failed ({unit['result']})"
-        elif unit["state"] != "active" and unit["boot"] == "enabled" and not _waits(unit["name"], config):
+        elif is_stopped(unit, config):
             yield f"{unit['name']} is {unit['state']}"
     for disk in found["disks"] or []:
         if disk["free_bytes"] < disk["size_bytes"] * DISK_FREE_RATIO:
@@ -303,6 +306,11 @@ def is_degraded(found: dict[str, Any], config: Config, now: float) -> Iterable[s
     if backup.get("last_drill") and now - backup["last_drill"] > DRILL_DAYS * 86400:
         yield f"the last restore drill was {age(now - backup['last_drill'])} ago"
     yield from (f"{name} is not known: {reason}" for name, reason in found["unknown"].items() if name not in ("docker", "door", "ready"))
+
+
+def is_stopped(unit: dict[str, str], config: Config) -> bool:
+    """Whether it starts on every boot, does not run, and did not fail."""
+    return unit["boot"] == "enabled" and unit["state"] not in ("active", "failed") and not _waits(unit["name"], config)
 
 
 def _waits(unit: str, config: Config) -> bool:
