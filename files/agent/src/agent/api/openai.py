@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Path, Request, Response
 
-from agent.api.admission import canceller, submit
+from agent.api import admission
 from agent.api.answers import EVENTS, Attended, Json, event_stream
 from agent.api.assistants import STARTED
 from agent.api.openai_answers import Answering
@@ -103,14 +103,9 @@ async def complete(request: Request, asked: Completion, thread_id: ThreadHeader 
         metadata=metadata_of(asked),
         request=sending.request,
     )
-    known = await find_sent_before(request, thread_id, sending)
-    if known is not None and not is_worth_another_try(known):
-        known.created = False
-        run = known
-    else:
-        run = await submit(request, thread_id, {"messages": new_messages(given) if thread_id else given}, options, known=known, turn_id=turn_id)
+    run, begun = await submit(request, thread_id, new_messages(given) if thread_id else given, options, sending, turn_id)
     answering = Answering(services(request).followers, run)
-    gone = patient_canceller(request, run, sending, started) if (run.created or known) and not thread_id else None
+    gone = patient_canceller(request, run, sending, started) if begun and not thread_id else None
     if asked.stream:
         with_usage = asked.stream_options is not None and asked.stream_options.include_usage
         return event_stream(answering.chunks(with_usage=bool(with_usage)), on_disconnect=gone)
@@ -132,16 +127,28 @@ def _is_number(text: str) -> bool:
     return text.isascii() and text.isdecimal() and len(text) <= 9
 
 
-async def find_sent_before(request: Request, thread_id: str | None, sending: Sending) -> Run | None:
-    """The run that an earlier try of this request began, if one came here."""
-    if not sending.retry:
-        return None
-    return await services(request).engine.find_retried(owner(request), thread_id, sending.request, sending.retry, sending.window)
+async def submit(
+    request: Request,
+    thread_id: str | None,
+    messages: list[dict[str, Any]],
+    options: RunOptions,
+    sending: Sending,
+    turn_id: str | None,
+) -> tuple[Run, bool]:
+    """Submit a run, or take the one that an earlier try of this request began; and whether this client began it, then or now."""
+    known = None
+    if sending.retry:
+        known = await services(request).engine.find_retried(owner(request), thread_id, sending.request, sending.retry, sending.window)
+    if known is not None and not is_worth_another_try(known):
+        known.created = False
+        return known, True
+    run = await admission.submit(request, thread_id, {"messages": messages}, options, known=known, turn_id=turn_id)
+    return run, run.created or known is not None
 
 
 def patient_canceller(request: Request, run: Run, sending: Sending, started: float) -> Callable[[], Awaitable[None]]:
     """What stops a run when its client goes away: at once, or later where the client will most likely ask again."""
-    cancel = canceller(request, run)
+    cancel = admission.canceller(request, run)
 
     async def gone() -> None:
         if sending.request and time.monotonic() - started >= sending.patience - EARLY_SECONDS:

@@ -9,9 +9,8 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Request, Response
 
-from agent.api.admission import submit
 from agent.api.answers import EVENTS, Attended, Json, event_stream
-from agent.api.openai import PREFIX, ConversationRoute, check_model, find_sent_before, patient_canceller, read_sending
+from agent.api.openai import PREFIX, ConversationRoute, check_model, patient_canceller, read_sending, submit
 from agent.api.openai_answers import Answering
 from agent.api.openai_messages import conversation_of, metadata_of, parameters_of
 from agent.api.requests import TurnId, owner
@@ -20,7 +19,6 @@ from agent.api.responses_schemas import RESPONSE_ID, ResponseCreate, ResponseDel
 from agent.api.responses_schemas import Response as ResponseBody
 from agent.api.threads import config_of
 from agent.errors import InvalidRequest, NotFound
-from agent.runs.engine import is_worth_another_try
 from agent.runs.records import Run, RunOptions
 from agent.services import services
 
@@ -55,14 +53,9 @@ async def create_response(request: Request, asked: ResponseCreate, turn_id: Turn
         metadata=metadata_of(completion),
         request=sending.request,
     )
-    known = await find_sent_before(request, thread_id, sending)
-    if known is not None and not is_worth_another_try(known):
-        known.created = False
-        run = known
-    else:
-        run = await submit(request, thread_id, {"messages": given}, options, known=known, turn_id=turn_id)
+    run, begun = await submit(request, thread_id, given, options, sending, turn_id)
     responding = Responding(Answering(services(request).followers, run), run, _told_back(asked))
-    gone = patient_canceller(request, run, sending, started) if (run.created or known) and asked.store is False else None
+    gone = patient_canceller(request, run, sending, started) if begun and asked.store is False else None
     if asked.stream:
         return event_stream(responding.events(), on_disconnect=gone)
     return Attended(responding.answer, gone)
