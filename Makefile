@@ -28,8 +28,13 @@ help:
 .PHONY: demo
 demo:
 	@$(PREFLIGHT) disk engine port=$(DEMO_PORT)
-	@$(MAKE) --no-print-directory venv
+	@$(MAKE) --no-print-directory --jobs 2 venv host-image
 	$(PART) demo $(BIN)/python tools/demo.py run --port $(DEMO_PORT)
+
+# The image of a bare server. It needs no virtual environment, so both are made at the same time.
+.PHONY: host-image
+host-image:
+	@$(PYTHON) tools/host/host.py image
 
 ## make demo-clean    remove all that `make demo` made
 .PHONY: demo-clean

@@ -5,6 +5,7 @@ Standard library only, because it also works before the virtual environment exis
     python3 tools/host/host.py up NAME [--domain DOMAIN] [--publish 127.0.0.1:8443:443] [--with-docker] [--images-of NAME]
     python3 tools/host/host.py down NAME [--keep-images] [--keep-volume]
     python3 tools/host/host.py engine        # make sure that a Docker engine answers
+    python3 tools/host/host.py image         # make the image of a bare host, which `up` makes otherwise
 """
 
 from __future__ import annotations
@@ -210,12 +211,16 @@ def main() -> int:
     down_parser.add_argument("--keep-images", action="store_true")
     down_parser.add_argument("--keep-volume", action="store_true")
     commands.add_parser("engine")
+    commands.add_parser("image")
     arguments = parser.parse_args()
     try:
         if arguments.command == "up":
             up(arguments.name, arguments.domain, arguments.publish, arguments.with_docker, arguments.images_of)
         elif arguments.command == "down":
             down(arguments.name, arguments.keep_images, arguments.keep_volume)
+        elif arguments.command == "image":
+            engine()
+            _image("")
         else:
             engine()
     except HostError as error:
