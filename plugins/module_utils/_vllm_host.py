@@ -30,6 +30,11 @@ from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_swap 
 
 NETWORK = "agent-stack-model"
 PORT = 8000
+# The program that waits for the GPU where the swap says so, and the directory where it is told, both inside the container.
+SERVE, GATE = "/etc/agent-stack/serve.py", "/run/agent-stack"
+# What stays free of the host's memory when weights are pinned, and how long that may take.
+KEPT_FREE_MIB = 4096
+PIN_SECONDS = 300
 # A server of HAProxy's takes no new requests with any of these set: maintenance by command, inherited, for want of an address, or by host name.
 OUT_OF_SERVICE = 0x01 | 0x02 | 0x20 | 0x40
 # (EngineCore_DP0 pid=215) ERROR 11-27 12:00:01 [core.py:866] EngineCore failed to start.
@@ -275,9 +280,9 @@ class DockerHost:
             raise URLError(f"{container(slot)} has no address")
         return f"http://{address}:{PORT}"
 
-    def http(self, slot: str, path: str, *, post: bool = False, timeout: float = 5) -> bytes:
+    def http(self, slot: str, path: str, *, post: bytes | None = None, timeout: float = 5) -> bytes:
         """Raises OSError for anything but a 2xx answer."""
-        request = Request(f"{self.url(slot)}{path}", data=b"" if post else None)
+        request = Request(f"{self.url(slot)}{path}", data=post)
         try:
             with OPENER.open(request, timeout=timeout) as response:
                 return bytes(response.read())
@@ -323,6 +328,12 @@ class DockerHost:
             project["networks"] = {"model": {"name": NETWORK, "external": True}}
         directory = self.paths.project(slot)
         directory.mkdir(mode=0o755, exist_ok=True)
+        if SERVE in definition.get("entrypoint", []):
+            gate = directory / "gate"
+            gate.mkdir(mode=0o700, exist_ok=True)
+            os.chown(gate, *map(int, definition["user"].split(":")))
+            server = project["services"]["server"]
+            server["volumes"] = [*definition["volumes"], f"{gate}:{GATE}"]
         self._stand_by(slot, True)
         # JSON is YAML, and needs no library on the host. Compose would take a dollar sign for a variable.
         text = json.dumps(project, indent=2).replace("$", "$$")
@@ -334,9 +345,31 @@ class DockerHost:
         self.run(self.docker, "update", "--restart=no", container(slot))
 
     def start(self, slot: str) -> None:
+        self._wait_mark(slot).unlink(missing_ok=True)
+        self._start(slot)
+
+    def _start(self, slot: str) -> None:
         if not self.inspect(slot):
             self._create_container(slot)
         self.compose(slot, "start")
+
+    def start_ahead(self, slot: str) -> bool:
+        gate = self._wait_mark(slot).parent
+        if not gate.is_dir():
+            return False
+        (gate / "imported").unlink(missing_ok=True)
+        self._wait_mark(slot).touch()
+        self._start(slot)
+        return True
+
+    def waits(self, slot: str) -> bool:
+        return self._wait_mark(slot).exists()
+
+    def imported(self, slot: str) -> bool:
+        return (self._wait_mark(slot).parent / "imported").exists()
+
+    def _wait_mark(self, slot: str) -> Path:
+        return self.paths.project(slot) / "gate" / "wait"
 
     def stop(self, slot: str, *, at_once: bool) -> None:
         if self.status(slot) != "running":
@@ -394,12 +427,26 @@ class DockerHost:
     def sleep(self, slot: str) -> None:
         self._order(slot, "/sleep?level=1", "fall asleep")
 
+    def pin(self, slot: str, weights_mib: int) -> bool:
+        """A server that was started without `pin_weights` refuses. It pins in the background, and serves meanwhile."""
+        # torch's allocator rounds each piece up to a power of two.
+        if not weights_mib or free_mib() < 2 * weights_mib + KEPT_FREE_MIB:
+            return False
+        deadline = self.now() + PIN_SECONDS
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            while self.now() < deadline:
+                workers = json.loads(self.http(slot, "/collective_rpc", post=b'{"method": "pin_weights"}', timeout=30))["results"]
+                if all(worker["done"] for worker in workers):
+                    return bool(workers) and not any(worker["error"] for worker in workers)
+                self.pause(0.5)
+        return False
+
     def wake(self, slot: str) -> None:
         self._order(slot, "/wake_up", "wake up")
 
     def _order(self, slot: str, path: str, what: str) -> None:
         try:
-            self.http(slot, path, post=True, timeout=300)
+            self.http(slot, path, post=b"", timeout=300)
         except OSError as error:
             raise SwapError(f"{container(slot)} does not {what}: {error}.\n{self.log(slot)}") from error
 
@@ -511,6 +558,12 @@ def last_words(log: str) -> str:
     same = [match["said"] for _position, match in of_engine if (match["process"], match["place"]) == (first["process"], first["place"])]
     lines = same if len(same) <= 20 else [*same[:4], "...", *same[-15:]]
     return "\n".join([f"The first error in its log ({' '.join(filter(None, (first['process'], first['place'])))}):", *lines])
+
+
+def free_mib() -> int:
+    """Return what programs can still have of the host's memory."""
+    with open("/proc/meminfo") as lines:
+        return next(int(line.split()[1]) // 1024 for line in lines if line.startswith("MemAvailable:"))
 
 
 def address_of(found: dict[str, Any]) -> str:

@@ -44,7 +44,7 @@ class Slot:
     utilization: float = 0.0
     sleep_mode: bool = False
     condition: str = "starting"
-    # The first sleep of a process takes long; this is the process (`Host.born`) that has slept, if it is still the same.
+    # The first sleep of a process takes long, if it was not paid for before; this is the process (`Host.born`) whose next one is fast, if it is still the same.
     slept: str = ""
     load_seconds: float = 0.0
     proven: bool = False
@@ -161,7 +161,18 @@ class Host(Protocol):
     def create(self, slot: str, definition: dict[str, Any]) -> None:
         """Write the slot's Compose project and create its container, such that a crash ends it."""
 
-    def start(self, slot: str) -> None: ...
+    def start(self, slot: str) -> None:
+        """Start the slot's server, or let one that waits for the GPU go on."""
+
+    def start_ahead(self, slot: str) -> bool:
+        """Start the slot's server such that it does what needs no GPU and then waits for `start`. Return whether it can; if not, nothing is done."""
+
+    def waits(self, slot: str) -> bool:
+        """Whether the slot's server waits for `start`, or is on the way there."""
+
+    def imported(self, slot: str) -> bool:
+        """Whether a server that was started ahead has done all that it can."""
+
     def stop(self, slot: str, *, at_once: bool) -> None: ...
     def remove(self, slot: str) -> None: ...
 
@@ -173,6 +184,10 @@ class Host(Protocol):
 
     def asleep(self, slot: str) -> bool: ...
     def sleep(self, slot: str) -> None: ...
+
+    def pin(self, slot: str, weights_mib: int) -> bool:
+        """Have a serving slot pay now what would make its first sleep slow. Return whether its next sleep is a fast one."""
+
     def wake(self, slot: str) -> None: ...
 
     def busy(self, slot: str) -> int:
@@ -215,6 +230,10 @@ class Swap:
 
     def present(self, wish: Wish) -> None:
         """Have the wished model serve. Raises SwapError; what served before then serves on."""
+        self._present(wish)
+        self._pin(self.state.active)
+
+    def _present(self, wish: Wish) -> None:
         self.recover()
         state = self.state
         if not state.active:
@@ -240,6 +259,7 @@ class Swap:
         if not standby:
             raise SwapError("there is nothing to roll back to: only one model is there")
         self._change(standby, self.state.strategy, None, back=True)
+        self._pin(self.state.active)
 
     def prune(self) -> None:
         """Remove the model that waits for a rollback."""
@@ -295,6 +315,7 @@ class Swap:
                 self._tell("create")
                 self.host.create(target, wish.definition_for(strategy))
             if strategy != "side_by_side":
+                self._start_ahead(target)
                 self._hold()
                 self._drain(active)
                 self._quiet(active, strategy, at_once=back)
@@ -329,10 +350,21 @@ class Swap:
             )
         self.host.save(state)
 
+    def _start_ahead(self, slot: str) -> None:
+        """Have the slot's server do what needs no GPU, while the other one serves. Raises SwapError with the server's last words."""
+        host = self.host
+        if host.status(slot) == "running" or not host.start_ahead(slot):
+            return
+        deadline = host.now() + self.limits.start
+        while not host.imported(slot):
+            self._check_starts(slot, deadline)
+            self._tell("import")
+            host.pause(0.1)
+
     def _bring_up(self, slot: str, *, briefly: bool = False) -> None:
         """Start or wake a slot and judge it. Raises SwapError with the server's last words."""
         host = self.host
-        if host.status(slot) != "running":
+        if host.status(slot) != "running" or host.waits(slot):
             self._tell("start")
             begun = host.now()
             host.start(slot)
@@ -350,13 +382,16 @@ class Swap:
     def _wait_until_ready(self, slot: str) -> None:
         deadline = self.host.now() + self.limits.start
         while not self.host.ready(slot):
-            if self.host.status(slot) != "running":
-                raise SwapError(f"{self._name(slot)} ended while it was starting.\n{self.host.log(slot)}")
-            if self.host.now() > deadline:
-                raise SwapError(f"{self._name(slot)} was not ready after {self.limits.start:g} seconds.\n{self.host.log(slot)}")
+            self._check_starts(slot, deadline)
             self._held_too_long(slot)
             self._tell("load")
             self.host.pause(0.5)
+
+    def _check_starts(self, slot: str, deadline: float) -> None:
+        if self.host.status(slot) != "running":
+            raise SwapError(f"{self._name(slot)} ended while it was starting.\n{self.host.log(slot)}")
+        if self.host.now() > deadline:
+            raise SwapError(f"{self._name(slot)} was not ready after {self.limits.start:g} seconds.\n{self.host.log(slot)}")
 
     def _flip(self, target: str) -> None:
         """From here on the target is what serves, whatever happens."""
@@ -497,7 +532,7 @@ class Swap:
         host = self.host
         if host.status(slot) == "absent":
             raise SwapError(f"{self._name(slot)} is not there any more")
-        if host.status(slot) == "stopped":
+        if host.status(slot) == "stopped" or host.waits(slot):
             host.start(slot)
         self._wait_until_ready(slot)
         entry = self.state.slots[slot]
@@ -563,6 +598,16 @@ class Swap:
             self.host.stop(slot, at_once=at_once)
             entry.condition = "stopped"
         self.host.save(self.state)
+
+    def _pin(self, slot: str) -> None:
+        """Have what serves now pay for its first sleep, so that no request is held for that later."""
+        entry, born = self.state.slots[slot], self.host.born(slot)
+        if not entry.sleep_mode or entry.slept == born:
+            return
+        self._tell("pin")
+        if self.host.pin(slot, entry.weights_mib):
+            entry.slept = born
+            self.host.save(self.state)
 
     def _can_sleep(self, slot: str) -> bool:
         return self.state.strategy != "hold_and_recreate" and self.host.status(slot) == "running" and self.state.slots[slot].sleep_mode

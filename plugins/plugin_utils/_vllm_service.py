@@ -24,6 +24,7 @@ from ._topology import Topology
 # The user inside the container, which owns the models and the caches on the host.
 UID = 10001
 CACHE = "/cache"
+PROGRAMS = "/etc/agent-stack"
 ADAPTERS = "/adapters"
 SOCKET = "/run/vllm/api.sock"
 # Ports from `vllm_node_port` on, of which a model that several hosts share takes one.
@@ -134,7 +135,7 @@ def definition(settings: Settings, topology: Topology, plan: Mapping[str, Any]) 
         "image": settings.image,
         "entrypoint": _entrypoint(settings, topology, plan),
         "command": _command(settings, topology, plan),
-        "environment": _environment(settings, plan),
+        "environment": _environment(settings, plan) | _imported(settings, topology),
         "user": f"{UID}:{UID}",
         "restart": "unless-stopped",
         "volumes": _volumes(settings, topology),
@@ -170,11 +171,16 @@ def definition(settings: Settings, topology: Topology, plan: Mapping[str, Any]) 
     return service
 
 
+def _imported(settings: Settings, topology: Topology) -> dict[str, str]:
+    """A forked engine has its imports from the server. vLLM spawns it all the same where that would not do, and says so in its log."""
+    return {"VLLM_WORKER_MULTIPROC_METHOD": "fork"} if settings.device == "cuda" and not topology.shared else {}
+
+
 def _entrypoint(settings: Settings, topology: Topology, plan: Mapping[str, Any]) -> list[str]:
     serve = ["vllm", "serve"]
     if not topology.shared:
-        return serve
-    node = ["python3", "/etc/agent-stack/node.py"]
+        return ["python3", f"{PROGRAMS}/serve.py", "serve"] if settings.device == "cuda" else serve
+    node = ["python3", f"{PROGRAMS}/node.py"]
     if topology.follows:
         return [*node, "follow", settings.peer_address, topology.head_address, str(meeting_port(settings, plan)), *serve]
     return [*node, "serve", settings.peer_address, *serve]
@@ -190,6 +196,8 @@ def _command(settings: Settings, topology: Topology, plan: Mapping[str, Any]) ->
         arguments += ["--uds", SOCKET]
     else:
         arguments += ["--host", "0.0.0.0", "--port", "8000"]  # noqa: S104  inside the container
+        if settings.sleep_mode and settings.device == "cuda" and not any(part.startswith("--worker-extension-cls") for part in arguments):
+            arguments += ["--worker-extension-cls", "pin_weights.PinWeights"]
     if topology.shared:
         arguments += _node_arguments(settings, topology, plan)
     return arguments
@@ -294,7 +302,9 @@ def _volumes(settings: Settings, topology: Topology) -> list[str]:
     volumes = [f"{models}:/models:ro", f"{cache_directory(settings)}:{CACHE}"]
     volumes += [f"{adapter_directory(settings, adapter)}:{ADAPTERS}/{adapter['name']}:ro" for adapter in settings.lora_adapters]
     if topology.shared:
-        volumes.append(f"{settings.root}/vllm/nodes:/etc/agent-stack:ro")
+        volumes.append(f"{settings.root}/vllm/nodes:{PROGRAMS}:ro")
+    elif settings.device == "cuda":
+        volumes.append(f"{settings.root}/vllm/serve:{PROGRAMS}:ro")
     return volumes
 
 

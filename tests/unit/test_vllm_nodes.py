@@ -126,7 +126,7 @@ def test_two_models_that_hosts_share_are_never_awake_at_once(rendered: Path) -> 
 
 def test_a_host_that_serves_alone_is_as_before(rendered: Path) -> None:
     alone = read(rendered, "alone-server")
-    assert alone["entrypoint"] == ["vllm", "serve"]
+    assert alone["entrypoint"] == ["python3", "/etc/agent-stack/serve.py", "serve"]
     assert value(alone["command"], "--host") == "0.0.0.0"
     assert not {"--nnodes", "--uds", "--headless"} & set(alone["command"])
     assert "network_mode" not in alone

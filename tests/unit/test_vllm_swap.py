@@ -12,6 +12,7 @@ from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_swap 
 
 BLUE_TAKES, GREEN_TAKES, ASLEEP_TAKES = 60, 60, 2
 SLEEP_TAKES = 10  # seconds
+IMPORT_TAKES = 3
 
 
 class Killed(BaseException):
@@ -20,6 +21,10 @@ class Killed(BaseException):
 
 class World:
     """What outlives a run: containers, the gateway, systemd, the file of the state."""
+
+    # Whether servers can wait for the GPU, and pin their weights ahead of a sleep.
+    gates = False
+    pins = False
 
     def __init__(self, memory: int = 1000) -> None:
         self.memory = memory
@@ -41,7 +46,7 @@ class World:
                 del container["sleeps_at"]
 
     def used(self) -> int:
-        return sum(ASLEEP_TAKES if c["asleep"] else c["takes"] for c in self.containers.values() if c["running"])
+        return sum(ASLEEP_TAKES if c["asleep"] else c["takes"] for c in self.containers.values() if c["running"] and not c.get("gate"))
 
     def request(self) -> None:
         """One request arrives. Held ones are answered later, so they are no loss."""
@@ -53,6 +58,13 @@ class World:
         elif container and container["running"] and not container["ready_at"] > self.clock:
             self.answered.append(container["model"])
         # One that is down makes requests wait as well: the connection is refused, and tried again.
+
+
+@pytest.fixture(params=[False, True], ids=["", "ahead"], autouse=True)
+def ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Each test is for servers that can wait for the GPU, and for those that cannot."""
+    monkeypatch.setattr(World, "gates", request.param)
+    return bool(request.param)
 
 
 class FakeHost:
@@ -105,6 +117,8 @@ class FakeHost:
 
         def act() -> None:
             self.world.containers[slot] = {"model": model, "takes": BLUE_TAKES, "running": False, "asleep": False, "ready_at": 0.0, "policy": "no"}
+            if self.world.gates:
+                self.world.containers[slot]["gate"] = ""
 
         self.step(f"create {slot}", act)
 
@@ -112,11 +126,42 @@ class FakeHost:
         def act() -> None:
             container = self.world.containers[slot]
             seconds = 10_000 if self.fate.get(container["model"]) == "slow" else 5
+            if not container.get("gate"):
+                container.update(born=f"{slot} {self.world.clock} {self.steps}")
             container.pop("sleeps_at", None)
-            container.update(running=True, asleep=False, ready_at=self.world.clock + seconds, born=f"{slot} {self.world.clock} {self.steps}")
+            container.update({"running": True, "asleep": False, "ready_at": self.world.clock + seconds} | ({"gate": ""} if "gate" in container else {}))
             assert self.world.used() <= self.world.memory, "more memory than there is"
 
         self.step(f"start {slot}", act)
+
+    def start_ahead(self, slot: str) -> bool:
+        container = self.world.containers[slot]
+        if "gate" not in container:
+            return False
+
+        def act() -> None:
+            seconds = 10_000 if self.fate.get(container["model"]) == "imports slowly" else IMPORT_TAKES
+            container.update(running=True, asleep=False, ready_at=1e9, gate="shut", imported_at=self.world.clock + seconds)
+            container.update(born=f"{slot} {self.world.clock} {self.steps}")
+
+        self.step(f"ahead {slot}", act)
+        return True
+
+    def waits(self, slot: str) -> bool:
+        return bool(self.world.containers[slot].get("gate"))
+
+    def imported(self, slot: str) -> bool:
+        container = self.world.containers[slot]
+        if self.fate.get(container["model"]) == "cannot import" and self.world.clock >= container["imported_at"] - 1:
+            container["running"] = False
+        return bool(container["imported_at"] <= self.world.clock)
+
+    def pin(self, slot: str, weights_mib: int) -> bool:
+        assert slot == State.from_json(self.world.file).active
+        assert self.world.route == slot, "requests were held"
+        if self.world.pins:
+            self.step(f"pin {slot}", lambda: None)
+        return self.world.pins
 
     def stop(self, slot: str, *, at_once: bool) -> None:
         def act() -> None:
@@ -667,3 +712,84 @@ def test_a_record_without_the_port_is_read_and_kept() -> None:
     check_serves(world, "new")
     slots = State.from_json(world.file).slots
     assert (slots["blue"].port, slots["green"].port) == (None, 0)
+
+
+WAITING = ["sleep", "hold_and_recreate"]
+
+
+@pytest.mark.parametrize("strategy", WAITING)
+def test_a_model_is_imported_before_requests_are_held(strategy: str, ahead: bool) -> None:
+    world = serving(ONE_GPU)
+    _, host = present(world, wish("new", strategy))
+    assert ("ahead green" in host.names) == ahead
+    if ahead:
+        assert host.names.index("ahead green") < host.names.index("route hold") < host.names.index("start green")
+    check_serves(world, "new")
+
+
+def test_side_by_side_nothing_waits() -> None:
+    world = serving()
+    _, host = present(world, wish("new"))
+    assert not [name for name in host.names if name.startswith("ahead")]
+
+
+@pytest.mark.parametrize("fate", ["imports slowly", "cannot import"])
+@pytest.mark.parametrize("strategy", WAITING)
+def test_what_cannot_be_imported_costs_no_request_a_second(strategy: str, fate: str, ahead: bool) -> None:
+    if not ahead:
+        return
+    world = serving(ONE_GPU)
+    host = FakeHost(world, fate={"new": fate})
+    with pytest.raises(SwapError, match="was not ready after 60 seconds" if fate == "imports slowly" else "ended while it was starting"):
+        Swap(host, State.from_json(world.file), Limits(start=60, drain=20), lambda phase, traffic: None).present(wish("new", strategy))
+    assert "route hold" not in host.names
+    check_serves(world, "old")
+
+
+def test_a_stopped_model_is_imported_ahead_on_the_way_back_as_well(ahead: bool) -> None:
+    world = serving(ONE_GPU)
+    present(world, wish("new", "hold_and_recreate"))
+    _, host = run(world, lambda swap: swap.rollback())
+    assert ("ahead blue" in host.names) == ahead
+    check_serves(world, "old")
+
+
+def test_what_serves_pays_for_its_first_sleep_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(World, "pins", True)
+    world = serving(ONE_GPU)
+    assert State.from_json(world.file).slots["blue"].slept == world.containers["blue"]["born"]
+    present(world, wish("new", "sleep"))
+    _, host = run(world, lambda swap: swap.rollback())
+    # It never slept, and goes to sleep all the same: that is a matter of a moment.
+    assert "sleep green" in host.names
+    assert "stop green" not in host.names
+    check_serves(world, "old")
+    again, host = present(world, wish("old", "sleep"))
+    assert not again.changed
+    assert "pin blue" not in host.names
+
+
+def test_a_restarted_server_pays_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(World, "pins", True)
+    world = serving(ONE_GPU)
+    world.containers["blue"]["born"] = "after a crash"
+    again, host = present(world, wish("old"))
+    assert not again.changed
+    assert host.names.count("pin blue") == 1
+    assert State.from_json(world.file).slots["blue"].slept == "after a crash"
+
+
+def test_a_server_without_sleep_mode_pins_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(World, "pins", True)
+    _, host = present(World(), wish("old", sleep_mode=False))
+    assert "pin blue" not in host.names
+
+
+def test_a_server_that_was_left_waiting_is_let_go(ahead: bool) -> None:
+    """The power went between the flip's last words and the gate: nobody else would ever open it."""
+    if not ahead:
+        return
+    world = serving(ONE_GPU)
+    world.containers["blue"].update(gate="shut", ready_at=1e9)
+    present(world, wish("old"))
+    check_serves(world, "old")
