@@ -7,6 +7,7 @@ sleep of a process slow: 10 s for 14 GiB, and 0.4 s from then on. So it is taken
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
 TAG = "weights"
@@ -40,8 +41,14 @@ def weights() -> list[int]:
 
 
 def take(sizes: list[int]) -> None:
-    """Have torch's allocator hold pinned pieces of all sizes at once; each that is given back is found again by the next one of its size."""
+    """Have torch's allocator hold pinned pieces of all sizes at once; each that is given back is found again by the next one of its size.
+
+    While the driver pins a piece the GPU gets no new work, so the engine has as much time after each as that took.
+    """
     import torch  # type: ignore[import-not-found,unused-ignore]
 
-    pieces = [torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True) for size in sizes]
-    del pieces
+    pieces = []
+    for size in sizes:
+        begun = time.monotonic()
+        pieces.append(torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True))
+        time.sleep(time.monotonic() - begun)
