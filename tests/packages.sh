@@ -1,6 +1,6 @@
 #!/bin/sh
 # Installs the Debian packages that the tests run for real, where they are missing: Postgres, pgBackRest, Redis, nginx, HAProxy, Prometheus,
-# Alertmanager and exporters, Chromium, Node, nftables, iptables and iproute2, and a compiler for the driver of the scenario `nvidia`.
+# Alertmanager and exporters, Chromium, Node, nftables, iptables, iproute2 and curl, and a compiler for the driver of the scenario `nvidia`.
 # Nothing is started: the tests start servers of their own, on free loopback ports.
 set -eu
 missing=
@@ -18,6 +18,7 @@ command -v chromium >/dev/null || missing="$missing chromium fonts-dejavu-core"
 PATH="$PATH:/usr/sbin" command -v nft >/dev/null || missing="$missing nftables"
 PATH="$PATH:/usr/sbin" command -v iptables >/dev/null || missing="$missing iptables"
 command -v ip >/dev/null || missing="$missing iproute2"
+command -v curl >/dev/null || missing="$missing curl"
 command -v node >/dev/null || missing="$missing nodejs"
 command -v chromedriver >/dev/null || missing="$missing chromium-driver"
 [ -n "$missing" ] || exit 0

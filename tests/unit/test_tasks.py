@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import socket
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,6 +48,43 @@ def test_every_task_waits_for_the_lock_of_apt() -> None:
 
 def test_nothing_asks_the_hosts_own_addresses_through_a_proxy() -> None:
     assert [name for name, arguments in tasks_with("ansible.builtin.uri") if arguments.get("use_proxy") is not False] == []
+
+
+def curls() -> list[tuple[str, list[str]]]:
+    """Each task that runs curl, with its arguments."""
+    commands = [(name, arguments.get("argv", [])) for name, arguments in tasks_with("ansible.builtin.command")]
+    found = [(name, argv) for name, argv in commands if argv[:1] == ["curl"]]
+    assert found
+    return found
+
+
+@pytest.mark.parametrize(("name", "argv"), curls(), ids=[name for name, _ in curls()])
+@pytest.mark.parametrize("said_in", ["environment", "curlrc"])
+def test_curl_asks_no_proxy(name: str, argv: list[str], said_in: str, tmp_path: Path) -> None:
+    """One that listens hears nothing, whether the environment or root's .curlrc names it, while curl without our arguments does ask it."""
+
+    def asked(arguments: list[str]) -> bool:
+        with socket.create_server(("127.0.0.1", 0)) as proxy:
+            address = f"http://127.0.0.1:{proxy.getsockname()[1]}"
+            environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+            if said_in == "environment":
+                environment |= {"http_proxy": address, "https_proxy": address}
+            else:
+                (tmp_path / ".curlrc").write_text(f'proxy = "{address}"\n')
+            subprocess.run(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False, timeout=60)
+            # What came waits to be accepted, although curl has given up.
+            proxy.settimeout(0.1)
+            try:
+                proxy.accept()[0].close()
+            except TimeoutError:
+                return False
+        return True
+
+    url = "http://chat.example.org/"
+    assert asked(["curl", "--max-time", "2", "--resolve", "chat.example.org:80:127.0.0.1", url])
+    real = [re.sub(r"\{\{ item\.url \}\}", url, re.sub(r"\{\{ agent_stack_domain \}\}", "chat.example.org", word)) for word in argv]
+    assert url in real
+    assert not asked(real)
 
 
 def test_what_installs_an_engine_or_its_runtime_removes_nothing() -> None:
