@@ -16,9 +16,9 @@ from backup_host import Stack, backup
 NOW = 1_800_000_000.0
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="class")
 def stack() -> Iterator[Stack]:
-    """A host that has taken turns, with a full and a differential backup."""
+    """A host whose Postgres runs and has no turns and no backup yet."""
     # In memory where there is enough of it: what is written is synced file by file.
     memory = Path("/dev/shm")
     parent = memory if memory.is_dir() and shutil.disk_usage(memory).free > 2**30 else None
@@ -39,6 +39,25 @@ def refusal(job: Any, *arguments: Any) -> str:
     return str(refused.value)
 
 
+class TestADeletedVolume:
+    """What `make test` has of it; the rest takes minutes."""
+
+    def test_what_was_backed_up_and_archived_comes_back(self, stack: Stack) -> None:
+        assert refusal(stack.program.check_restore, "", True, False) == f"the directory {stack.directory}/repository has no backup of the stanza agent."
+        assert stack.program.prepare() is True
+        stack.turn("a")
+        assert stack.program.backup("auto", True) == "full"
+        stack.turn("b")
+        # The last segment is archived before a server that is told to stop has stopped.
+        stack.server.stop()
+        shutil.rmtree(stack.config.cluster)
+        shutil.rmtree(stack.directory / "etc")
+        report = stack.program.restore("", False, False)
+        assert (report["reached"], report["to"], report["put_back"]) == ("end", "newest", [f"{stack.directory}/etc"])
+        assert stack.turns() == ["a", "b"]
+
+
+@pytest.mark.slow
 class TestOneHostsLife:
     """In the order of the file: each test goes on where the last one stopped."""
 
