@@ -230,6 +230,31 @@ class TestOneHostsLife:
         assert stack.metric("wal_waiting_seconds") < 60
 
 
+@pytest.mark.slow
+class TestAKilledRestore:
+    def test_the_next_one_goes_through_and_keeps_what_the_first_replaced(self, stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+        stack.program.prepare()
+        stack.turn("a")
+        stack.program.backup("auto", True)
+        own = Path(stack.config.cluster) / "of the host itself"
+        own.touch()
+        with monkeypatch.context() as patched:
+            patched.setattr(backup.Backup, "_recover", killed)
+            with pytest.raises(KeyboardInterrupt):
+                stack.program.restore("", True, False)
+        assert (stack.server.beside("true").returncode, own.exists()) == (1, False)
+        # The same command again, or the one for a host without a cluster: what is there is no cluster of this host.
+        assert stack.program.restore("", False, False)["reached"] == "end"
+        assert (Path(stack.config.data) / "replaced" / own.name).exists()
+        assert stack.turns() == ["a"]
+        # That one has ended, and counts as the host's own from now on.
+        assert "holds a cluster; a restore over it needs restore_replace=true" in refusal(stack.program.restore, "", False, False)
+
+
+def killed(*_arguments: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def repository(*backups: tuple[str, float]) -> Any:
     return backup.Repository("", True, "1", [{"type": kind, "timestamp": {"stop": stop}} for kind, stop in backups])
 
