@@ -45,7 +45,7 @@ demo-clean: venv
 
 CHECK_PARTS := types unit agent-unit style
 TEST_PARTS := images molecule agent-test molecule-swap molecule-nvidia $(CHECK_PARTS) unit-plays ansible-lint sanity promtool-test
-ALL_PARTS := more-newest more-hosts more-swap more-nvidia more-sanity importer bench-test restore-test
+ALL_PARTS := more-newest more-hosts more-swap more-nvidia more-sanity importer bench-test restore-test unit-slow
 # These measure seconds, so nothing runs beside them.
 LAST_PARTS := system-test
 
@@ -144,12 +144,12 @@ types: agent-venv
 ## make unit          tables over the plugins, role specifications against defaults, metric names, nginx's configuration
 .PHONY: unit
 unit: venv packages
-	$(PART) $@ python -m pytest -q -n $(JOBS) -m "not long and not play" tests/unit
+	$(PART) $@ python -m pytest -q -n $(JOBS) -m "not long and not play and not slow" tests/unit
 
 ## make unit-plays    unit tests that run Ansible: what roles refuse, and what they write
 .PHONY: unit-plays
 unit-plays: venv packages
-	$(PART) $@ python -m pytest -q -n $(JOBS) -m play tests/unit
+	$(PART) $@ python -m pytest -q -n $(JOBS) -m "play and not slow" tests/unit
 
 .PHONY: agent-unit
 agent-unit: agent-venv
@@ -206,6 +206,11 @@ more-newest:
 .PHONY: more-sanity
 more-sanity:
 	$(PART) $@ python tools/sanity.py 2.20 2.21
+
+## make unit-slow     unit tests that take minutes: backups and restores with all that can be wrong with them
+.PHONY: unit-slow
+unit-slow: venv packages
+	$(PART) $@ python -m pytest -q -m slow tests/unit
 
 .PHONY: restore-test
 restore-test: agent-venv packages

@@ -16,9 +16,9 @@ from backup_host import Stack, backup
 NOW = 1_800_000_000.0
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="class")
 def stack() -> Iterator[Stack]:
-    """A host that has taken turns, with a full and a differential backup."""
+    """A host whose Postgres runs and has no turns and no backup yet."""
     # In memory where there is enough of it: what is written is synced file by file.
     memory = Path("/dev/shm")
     parent = memory if memory.is_dir() and shutil.disk_usage(memory).free > 2**30 else None
@@ -39,6 +39,25 @@ def refusal(job: Any, *arguments: Any) -> str:
     return str(refused.value)
 
 
+class TestADeletedVolume:
+    """What `make test` has of it; the rest takes minutes."""
+
+    def test_what_was_backed_up_and_archived_comes_back(self, stack: Stack) -> None:
+        assert refusal(stack.program.check_restore, "", True, False) == f"the directory {stack.directory}/repository has no backup of the stanza agent."
+        assert stack.program.prepare() is True
+        stack.turn("a")
+        assert stack.program.backup("auto", True) == "full"
+        stack.turn("b")
+        # The last segment is archived before a server that is told to stop has stopped.
+        stack.server.stop()
+        shutil.rmtree(stack.config.cluster)
+        shutil.rmtree(stack.directory / "etc")
+        report = stack.program.restore("", False, False)
+        assert (report["reached"], report["to"], report["put_back"]) == ("end", "newest", [f"{stack.directory}/etc"])
+        assert stack.turns() == ["a", "b"]
+
+
+@pytest.mark.slow
 class TestOneHostsLife:
     """In the order of the file: each test goes on where the last one stopped."""
 
@@ -209,6 +228,31 @@ class TestOneHostsLife:
             directory.with_name("gone").rename(directory)
         assert stack.program.backup("full", True) == "full"
         assert stack.metric("wal_waiting_seconds") < 60
+
+
+@pytest.mark.slow
+class TestAKilledRestore:
+    def test_the_next_one_goes_through_and_keeps_what_the_first_replaced(self, stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+        stack.program.prepare()
+        stack.turn("a")
+        stack.program.backup("auto", True)
+        own = Path(stack.config.cluster) / "of the host itself"
+        own.touch()
+        with monkeypatch.context() as patched:
+            patched.setattr(backup.Backup, "_recover", killed)
+            with pytest.raises(KeyboardInterrupt):
+                stack.program.restore("", True, False)
+        assert (stack.server.beside("true").returncode, own.exists()) == (1, False)
+        # The same command again, or the one for a host without a cluster: what is there is no cluster of this host.
+        assert stack.program.restore("", False, False)["reached"] == "end"
+        assert (Path(stack.config.data) / "replaced" / own.name).exists()
+        assert stack.turns() == ["a"]
+        # That one has ended, and counts as the host's own from now on.
+        assert "holds a cluster; a restore over it needs restore_replace=true" in refusal(stack.program.restore, "", False, False)
+
+
+def killed(*_arguments: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def repository(*backups: tuple[str, float]) -> Any:

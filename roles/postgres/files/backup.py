@@ -378,7 +378,7 @@ class Backup:
                 f"{config.repository} holds the backups of the cluster {repository.system_id}, and this host's is {here}; allowed is the same one, or "
                 "restore_other_cluster=true."
             )
-        if (config.cluster / "PG_VERSION").exists() and not replace:
+        if self._occupied() and (config.cluster / "PG_VERSION").exists() and not replace:
             raise BackupError(
                 f"{config.cluster} holds a cluster; a restore over it needs restore_replace=true, which keeps what is there in {self._replaced()}."
             )
@@ -394,7 +394,7 @@ class Backup:
         self.check_restore(to, replace, other_cluster)
         target = parse_time(to, started) if to else None
         config = self._config
-        occupied = config.cluster.exists()
+        occupied = self._occupied()
         if occupied:
             self._archive_the_end()
         restored = Path(config.data) / "restored"
@@ -408,9 +408,11 @@ class Backup:
         if occupied:
             shutil.rmtree(self._replaced(), ignore_errors=True)
             config.cluster.rename(self._replaced())
+        elif config.cluster.exists():
+            shutil.rmtree(config.cluster)
         restored.rename(config.cluster)
         try:
-            reached = self._recover(target)
+            reached = self._recover(target, "what was there before is back" if occupied else "was removed again")
         except BackupError:
             self._host.stop()
             shutil.rmtree(config.cluster)
@@ -420,8 +422,11 @@ class Backup:
             raise
         return {"put_back": back, "reached": reached, "seconds": round(self._clock() - started, 1), "to": as_utc(target) if target is not None else "newest"}
 
-    def _recover(self, target: float | None) -> str:
-        """Start the restored server and wait until it takes writes. Return to where it recovered: target, or end (of what was archived)."""
+    def _recover(self, target: float | None, otherwise: str) -> str:
+        """Start the restored server and wait until it takes writes. Return to where it recovered: target, or end (of what was archived).
+
+        Raises BackupError if it does not start; `otherwise` is what the caller does then.
+        """
         reached = "end" if target is None else "target"
         began = self._clock()
         self._host.start()
@@ -440,7 +445,7 @@ class Backup:
                 self._host.start()
             elif self._host.restarts() > 1:
                 fatal = [line for line in said.splitlines() if "FATAL" in line or "PANIC" in line] or said.splitlines() or ["it said nothing"]
-                raise BackupError(f"The restored server does not start, and what was there before is back: {fatal[-1]}")
+                raise BackupError(f"The restored server does not start, and {otherwise}: {fatal[-1]}")
             time.sleep(0.5)
 
     def _archive_the_end(self) -> None:
@@ -461,6 +466,10 @@ class Backup:
             return Path(self._config.marker).read_text().strip()
         except OSError:
             return ""
+
+    def _occupied(self) -> bool:
+        """Whether the host has a cluster of its own. Until recovery ends Postgres keeps recovery.signal: that one is of a restore that was killed."""
+        return self._config.cluster.exists() and not (self._config.cluster / "recovery.signal").exists()
 
     def _replaced(self) -> Path:
         return Path(self._config.data) / "replaced"
