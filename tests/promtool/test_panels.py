@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "unit"))
 
+import chromium  # noqa: E402
 import promql  # noqa: E402
 
 SCRAPES = ROOT / "tests" / "unit" / "data" / "scrapes"
@@ -101,7 +103,15 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
         # Not shorter: a scrape that is late on a busy machine ends every series of its target until the next one.
         config = {"global": {"scrape_interval": "4s", "evaluation_interval": "4s"}, "rule_files": ["rules.yml"], "scrape_configs": [*jobs, own]}
         (directory / "prometheus.yml").write_text(yaml.safe_dump(config))
-        flags = [f"--config.file={directory / 'prometheus.yml'}", f"--storage.tsdb.path={directory / 'data'}", f"--web.listen-address={address}"]
+        page = directory / "page"
+        shutil.copytree(promql.ROLE / "files" / "page", page)
+        shutil.copytree(promql.ROLE / "files" / "dashboards", page / "dashboards")
+        flags = [
+            f"--config.file={directory / 'prometheus.yml'}",
+            f"--storage.tsdb.path={directory / 'data'}",
+            f"--web.listen-address={address}",
+            f"--web.user-assets={page}",
+        ]
         with (directory / "log").open("wb") as log:
             process = subprocess.Popen(["prometheus", *flags], stdout=log, stderr=log)
         found = Prometheus(f"http://{address}")
@@ -137,6 +147,18 @@ def test_a_panel_has_data(prometheus: Prometheus, dashboard: str, title: str, ex
 
 def test_a_panel_that_asks_for_nothing_is_noticed(prometheus: Prometheus) -> None:
     assert prometheus.query("sum(rate(vllm:generation_tokens[$__rate_interval]))") == []
+
+
+@pytest.mark.parametrize("path", promql.DASHBOARDS, ids=lambda path: path.stem)
+def test_the_page_draws_every_panel(prometheus: Prometheus, path: Path) -> None:
+    """Without Grafana, from the same files."""
+    page = chromium.dom(f"{prometheus.url}/user/?dashboard={path.stem}")
+    drawn = [part.removeprefix("<h3>").partition("</h3>")[::2] for part in page.split('<div class="panel">')[1:]]
+    assert [title for title, _ in drawn] == [panel["title"] for panel in promql.panels(path)]
+    assert [title for title, body in drawn if "no data" in body or "Prometheus says" in body] == []
+    pictures = sum("<svg" in body or "nothing to measure" in body for _, body in drawn)
+    assert pictures == sum(panel["type"] == "timeseries" for panel in promql.panels(path))
+    assert "<svg" in page
 
 
 def test_no_rule_fails(prometheus: Prometheus) -> None:
