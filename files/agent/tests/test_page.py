@@ -467,7 +467,7 @@ class TestReasoning:
             assert "two and two" not in page.shown(".turn .thought")
             page.click(".thought summary")
             assert "two and two" in page.shown(".thought")
-            assert "two and two" not in page.shown(".answer")
+            assert page.shown(".answer") == 'I see 1 user message. The first one was: "[[think two and two]] hello"'
             page.driver.refresh()
             page.shows("I see 1 user message", ".answer")
 

@@ -281,6 +281,12 @@ export class Run {
 /** Take a turn and all that came after it out of the thread, and say something in its place. */
 async function sendInstead(turn, thread, text) {
   if (view.run || view.approval || view.thread !== thread) return;
+  // Nothing else is sent until that is done.
+  const replacing = { stopping: true, stop() {}, leave() {} };
+  view.run = replacing;
+  showControls();
+  turn.clearNotes();
+  turn.progress("Thinking…");
   try {
     const state = await ask("GET", threadPath(thread, "/state")).catch((error) => {
       if (error.status === 404) return null; // its first message did not arrive
@@ -293,10 +299,14 @@ async function sendInstead(turn, thread, text) {
       await ask("POST", threadPath(thread, "/state"), { values: { messages: gone }, as_node: "model" });
     }
   } catch (error) {
-    turn.note(explain(error));
-    return;
+    turn.progress(null);
+    turn.note(explain(error), { actions: [button("Try again", () => sendInstead(turn, thread, text))] });
+    text = null;
   }
-  if (view.run || view.thread !== thread) return;
+  if (view.run !== replacing) return; // another thread is shown by now
+  view.run = null;
+  showControls();
+  if (text === null) return;
   while (turn.node.nextElementSibling) turn.node.nextElementSibling.remove();
   turn.node.remove();
   send(text);
