@@ -17,11 +17,11 @@ def headers(user: str = "tester") -> dict[str, str]:
     return {"X-Forwarded-User": user, "X-Proxy-Secret": PROXY_SECRET}
 
 
-def make_key(postgres: Postgres, name: str) -> str:
+def make_key(postgres: Postgres, name: str, limits: dict[str, int] | None = None) -> str:
     """An API key, as the operator makes one."""
     with psycopg.connect(postgres.admin("agent"), row_factory=dict_row) as connection:
         revoke(connection, name)
-        key: str = create(connection, name, {})["key"]
+        key: str = create(connection, name, limits or {})["key"]
     return key
 
 

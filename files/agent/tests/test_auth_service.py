@@ -40,6 +40,32 @@ def key(service: Agent) -> Iterator[str]:
     keys(service, "revoke", "ci")
 
 
+SITES: dict[str, tuple[dict[str, str], int]] = {
+    "no browser": ({}, 200),
+    "the page": ({"Sec-Fetch-Site": "same-origin", "Origin": "https://agent.example.com"}, 200),
+    "the address line": ({"Sec-Fetch-Site": "none"}, 200),
+    "another site": ({"Sec-Fetch-Site": "cross-site", "Origin": "https://evil.example"}, 403),
+    "a neighbour": ({"Sec-Fetch-Site": "same-site"}, 403),
+    "an old browser": ({"Origin": "https://agent.example.com"}, 200),
+    "an old browser elsewhere": ({"Origin": "https://evil.example"}, 403),
+    "a sandbox": ({"Origin": "null"}, 403),
+    "half an address": ({"Origin": "https://[::1"}, 403),
+}
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_no_other_site_acts_in_a_users_name(service: Agent, key: str, name: str) -> None:
+    headers, status = SITES[name]
+    headers = {"Host": "agent.example.com", **headers}
+    assert service.client.post("/threads", json={}, headers=headers).status_code == status
+    assert service.client.post("/chat", content=b"{}", headers={"Content-Type": "application/json", **headers}).status_code == (
+        status if status == 403 else 422
+    )
+    assert service.client.get("/openapi.json", headers=headers).status_code == 200, "reading does nothing, and no other site can read the answer"
+    with stranger(service, key) as client:
+        assert client.post("/threads", json={}, headers=headers).status_code == 200, "no browser sends a key by itself"
+
+
 def stranger(service: Agent, key: str | None = None) -> httpx.Client:
     """Not the proxy."""
     return httpx.Client(base_url=service.url, headers={"X-Api-Key": key} if key else {}, timeout=60)

@@ -1,11 +1,12 @@
 import time
 from collections.abc import Callable
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import httpx
 import pytest
 
-from servers import Agent, Model, Postgres
+from servers import Agent, Model, Postgres, wait_until
+from streams import Stream
 
 
 def user_texts(request: dict) -> list[str]:
@@ -117,3 +118,19 @@ class TestTools:
         assert (answer.status_code, answer.json()["error"]["code"]) == (422, "too_many_steps")
         # What its tools did stays, and so does the question.
         assert "I see 2 user messages." in agent.chat("next", "endless").json()["response"]
+
+
+def test_what_was_read_of_a_stopped_answer_stays(agent: Agent) -> None:
+    thread = f"stopped-{uuid4().hex}"
+    text = "[[think two and two]] " + " ".join(f"w{number}" for number in range(100)) + " [[pace 0.05]]"
+    stream = Stream(agent, {"message": text, "thread_id": thread})
+    wait_until(lambda: len(stream.texts()) > 5, "it is being answered")
+    assert agent.client.post(f"/threads/{thread}/runs/{stream.run_id}/cancel?wait=true").status_code == 204
+    stream.join()
+    assert stream.data("error")["code"] == "cancelled"
+    question, answer = agent.client.get(f"/threads/{thread}/state").json()["values"]["messages"]
+    assert (question["content"], answer["type"], answer["content"]) == (text, "ai", "".join(stream.texts()))
+    assert answer["additional_kwargs"] == {"reasoning_content": "two and two"}
+    assert "".join(data["text"] for _, name, data in stream.events if name == "reasoning") == "two and two"
+    assert agent.client.get(f"/threads/{thread}").json()["status"] == "idle"
+    assert agent.chat("and now?", thread).json()["response"].startswith("I see 2 user messages.")

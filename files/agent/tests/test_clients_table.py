@@ -61,6 +61,13 @@ async def join_thread(world: World) -> Any:
 
 
 # A call of each, and what is true of its answer.
+
+
+async def with_cron(world: World, method: str, **how: Any) -> Any:
+    made = await world.client.crons.create(**CRON)
+    return await getattr(world.client.crons, method)(made["cron_id"], **how)
+
+
 CALLS: dict[str, tuple[Callable[[World], Awaitable[Any]], Callable[[World, Any], Any]]] = {
     "assistants.count": (lambda w: w.client.assistants.count(), lambda w, found: found >= 2),
     "assistants.create": (lambda w: w.client.assistants.create("agent", if_exists="do_nothing"), lambda w, made: made["graph_id"] == "agent"),
@@ -105,6 +112,12 @@ CALLS: dict[str, tuple[Callable[[World], Awaitable[Any]], Callable[[World, Any],
     "runs.list": (lambda w: w.client.runs.list(w.thread, limit=1000), lambda w, runs: [run["run_id"] for run in runs] == [w.run]),
     "runs.stream": (lambda w: all_of(w.client.runs.stream(w.thread, "agent", input=HELLO)), lambda w, parts: parts[-1].event == "end"),
     "runs.wait": (lambda w: w.client.runs.wait(w.thread, "agent", input=HELLO), lambda w, values: len(values["messages"]) == 4),
+    "crons.count": (lambda w: w.client.crons.count(), lambda w, found: found == 0),
+    "crons.create": (lambda w: w.client.crons.create(**CRON), lambda w, made: made["schedule"] == CRON["schedule"]),
+    "crons.create_for_thread": (lambda w: w.client.crons.create_for_thread(w.thread, **CRON), lambda w, made: made["thread_id"] == w.thread),
+    "crons.delete": (lambda w: with_cron(w, "delete"), lambda w, nothing: nothing is None),
+    "crons.search": (lambda w: w.client.crons.search(), lambda w, found: found == []),
+    "crons.update": (lambda w: with_cron(w, "update", enabled=False), lambda w, changed: changed["enabled"] is False),
     "store.delete_item": (lambda w: w.client.store.delete_item(["a"], "none"), lambda w, nothing: nothing is None),
     "store.get_item": (lambda w: w.client.store.get_item(["a"], "none"), lambda w, item: item is None),
     "store.list_namespaces": (lambda w: w.client.store.list_namespaces(limit=1000), lambda w, found: found["namespaces"] == []),
@@ -121,14 +134,6 @@ async def open_stream(world: World) -> Any:
 CRON: dict[str, Any] = {"assistant_id": "agent", "schedule": "0 0 * * *", "input": HELLO}
 # The refusals, by the words that they begin with.
 REFUSED: dict[str, dict[str, Callable[[World], Awaitable[Any]]]] = {
-    "Crons": {
-        "crons.count": lambda w: w.client.crons.count(),
-        "crons.create": lambda w: w.client.crons.create(**CRON),
-        "crons.create_for_thread": lambda w: w.client.crons.create_for_thread(w.thread, **CRON),
-        "crons.delete": lambda w: w.client.crons.delete(str(uuid.uuid4())),
-        "crons.search": lambda w: w.client.crons.search(),
-        "crons.update": lambda w: w.client.crons.update(str(uuid.uuid4()), enabled=False),
-    },
     "The thread protocol": {"threads.stream": open_stream},
 }
 BY_METHOD = {method: (words, call) for words, calls in REFUSED.items() for method, call in calls.items()}

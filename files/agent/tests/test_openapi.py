@@ -19,7 +19,7 @@ CANARY = "canary-7f3a"
 OPEN = {"/health", "/metrics", "/ready"}
 # NUL and half a surrogate pair cannot be ruled out in a schema, but in one sentence: they are in the tests below. Nor can
 # a schema say that a tool's result follows its call, and that the last question is no blank one: see test_openai_api.py.
-# Nor which of all options that clients send along are the agent's, and whether a thread has something to go on with.
+# Nor which of all options that clients send along are the agent's, whether a thread has something to go on with, and which schedules there are.
 SCHEMATHESIS = """
 [generation]
 allow-x00 = false
@@ -32,7 +32,7 @@ include-path = ["/openai/v1/chat/completions", "/openai/v1/responses"]
 expected-statuses = ["2xx", "400", "401", "403", "404", "409", "5xx"]
 
 [[operations]]
-include-path-regex = "^(/threads/[^/]+)?/runs(/batch|/stream|/wait)?$|^/assistants"
+include-path-regex = "^(/threads/[^/]+)?/runs(/batch|/stream|/wait|/crons.*)?$|^/assistants"
 
 [operations.checks.positive_data_acceptance]
 expected-statuses = ["2xx", "401", "403", "404", "409", "422", "429", "5xx"]
@@ -143,6 +143,7 @@ BODIES: dict[str, bytes] = {
 TOLERANT = {
     ("POST", "/assistants"), ("POST", "/assistants/search"), ("POST", "/assistants/count"), ("POST", "/assistants/{assistant_id}/versions"),
     ("POST", "/threads"), ("POST", "/threads/search"), ("POST", "/threads/count"), ("PATCH", "/threads/{thread_id}"),
+    ("POST", "/runs/crons/search"), ("POST", "/runs/crons/count"),
     ("POST", "/threads/{thread_id}/history"), ("POST", "/store/items/search"), ("POST", "/store/namespaces"),
 }  # fmt: skip
 IDS = {
@@ -166,6 +167,7 @@ def known(agent_process: Agent) -> dict[str, str]:
         say(client, thread, "hello")
         return {
             "thread_id": thread,
+            "cron_id": client.crons.create("agent", schedule="@yearly", input={"messages": "hello"}, enabled=False)["cron_id"],  # type: ignore[typeddict-item]
             "run_id": client.runs.list(thread)[0]["run_id"],
             "checkpoint_id": client.threads.get_state(thread)["checkpoint"]["checkpoint_id"] or "",
             "assistant_id": "agent",

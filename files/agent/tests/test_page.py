@@ -365,6 +365,10 @@ class TestApproval:
         page.keys(Keys.ENTER)
         page.shows("The user did not allow this call.", ".answer")
         page.idle()
+        page.until(lambda: "not allowed" in page.shown(".tool .state"), "nothing failed")
+        page.driver.refresh()
+        page.shows("The user did not allow this call.", ".answer")
+        assert "not allowed" in page.shown(".tool .state")
 
     def test_the_question_is_there_after_a_reload(self, page: Page) -> None:
         page.open().send(f"what time is it? {TIME}")
@@ -399,7 +403,10 @@ class TestStopping:
         time.sleep(0.5)
         assert page.shown(".answer") == written
         assert any(path.endswith("/cancel") for path in page.gateway.paths("POST"))
-        assert "I see 1 user message." in page.say("afterwards")
+        page.driver.refresh()
+        page.shows("w3", ".answer")
+        assert page.shown(".answer") == written, "what was read is there after a reload"
+        assert "I see 2 user messages." in page.say("afterwards")
 
     def test_a_run_is_stopped_before_its_first_word(self, page: Page) -> None:
         page.open().send("late [[delay 8]]")
@@ -415,6 +422,54 @@ class TestStopping:
         page.click(".problem button:nth-of-type(2)")
         assert page.js("return document.getElementById('message').value") == self.LONG
         assert page.focus() == "message"
+
+
+class TestActs:
+    def test_an_answer_is_copied(self, page: Page) -> None:
+        page.open().say("hello")
+        page.js("navigator.clipboard.writeText = async (text) => { window.copied = text }")
+        page.click(".acts button")
+        page.until(lambda: page.js("return window.copied") == 'I see 1 user message. The first one was: "hello"', "it is copied")
+
+    def test_an_answer_is_given_anew(self, page: Page) -> None:
+        page.open().say("first")
+        page.say("second")
+        page.click(".turn:last-child .acts button:nth-of-type(2)")
+        page.until(lambda: "I see 2 user messages" in page.texts(".turn")[-1] and len(page.all(".turn")) == 2, "the question is not doubled")
+        page.idle()
+        page.driver.refresh()
+        page.until(lambda: len(page.all(".turn")) == 2, "nor in the thread")
+
+    def test_a_question_is_edited(self, page: Page) -> None:
+        page.open().say("first")
+        page.say("second")
+        page.click(".turn:first-child .acts button:nth-of-type(3)")
+        page.js("document.querySelector('.edit textarea').value = 'other'")
+        page.click(".edit .approve")
+        page.shows('The first one was: "other"')
+        page.idle()
+        assert page.texts(".mine") == ["other"], "what came after it is gone"
+        page.driver.refresh()
+        page.shows('The first one was: "other"')
+        assert page.texts(".mine") == ["other"]
+
+    def test_an_edit_is_given_up(self, page: Page) -> None:
+        page.open().say("first")
+        page.click(".acts button:nth-of-type(3)")
+        page.click(".edit button:nth-of-type(2)")
+        assert page.texts(".mine") == ["first"]
+
+
+class TestReasoning:
+    def test_it_is_folded(self, page: Page) -> None:
+        page.open().say("[[think two and two]] hello")
+        for _ in range(2):
+            assert "two and two" not in page.shown(".turn .thought")
+            page.click(".thought summary")
+            assert "two and two" in page.shown(".thought")
+            assert page.shown(".answer") == 'I see 1 user message. The first one was: "[[think two and two]] hello"'
+            page.driver.refresh()
+            page.shows("I see 1 user message", ".answer")
 
 
 class TestErrors:
@@ -452,6 +507,18 @@ class TestErrors:
 
 
 class TestThreads:
+    def test_a_draft_stays_where_it_was_written(self, page: Page) -> None:
+        page.open().say("the one")
+        first = page.thread()
+        page.write("not sent")
+        page.click("#new")
+        assert page.js("return document.getElementById('message').value") == ""
+        page.write("of the new one")
+        page.js(f"location.hash = '{first}'")
+        page.until(lambda: page.js("return document.getElementById('message').value") == "not sent", "the draft is back")
+        page.click("#new")
+        assert page.js("return document.getElementById('message').value") == "of the new one"
+
     def test_the_newest_is_first_and_named_by_its_first_words(self, page: Page) -> None:
         page.open().say("the older one")
         page.click("#new")

@@ -125,6 +125,18 @@ def test_threads_are_measured(database: Database) -> None:
     assert sizes(database)["long"] < first["long"] / 3
 
 
+def test_a_thread_with_an_active_cron_stays(database: Database) -> None:
+    for thread, next_at in (("active", "now() + interval '20 days'"), ("paused", "NULL")):
+        database.talk(thread, days=40)
+        database.connection.execute(
+            f"INSERT INTO crons (cron_id, owner, thread_id, schedule, enabled, payload, metadata, next_at)"  # noqa: S608
+            f" VALUES (gen_random_uuid(), 'user:ada', %s, '@monthly', true, '{{}}', '{{}}', {next_at})",
+            [thread],
+        )
+    assert database.run()["threads"] == 1
+    assert (database.count("threads", "active"), database.count("crons", "active"), database.count("crons")) == (1, 1, 1)
+
+
 def test_the_program(database: Database) -> None:
     database.talk("old", days=31)
     database.talk("young", days=29)

@@ -21,7 +21,7 @@ from agent import logs
 from agent.access.auth import Authenticate, Authenticator, KeyRing
 from agent.access.in_flight import InFlight
 from agent.access.rate_limit import RateLimiter
-from agent.api import chat, langgraph, openai, openai_errors, openapi, page, responses
+from agent.api import chat, crons, langgraph, openai, openai_errors, openapi, page, responses
 from agent.api.middleware import Observe, error_response
 from agent.api.requests import explain
 from agent.errors import BadRequest, MethodNotAllowed, NotFound, ServiceError, StorageUnavailable
@@ -32,6 +32,7 @@ from agent.readiness import PROBE_SECONDS, Readiness, model_probe, postgres_prob
 from agent.retention import RetentionMetrics
 from agent.runs.assistants import Assistants
 from agent.runs.checkpoints import ThreadSaver
+from agent.runs.crons import Crons, Scheduler
 from agent.runs.engine import Engine
 from agent.runs.events import EventStreams
 from agent.runs.ledger import Channel, Ledger
@@ -160,7 +161,7 @@ async def _start(settings: Settings, tools: Toolbox, metrics: Metrics, stack: As
     stack.push_async_callback(engine.close)
     readiness.start()
     stack.push_async_callback(readiness.close)
-    return Services(
+    started = Services(
         settings=settings,
         tools=tools,
         graph=graph,
@@ -170,12 +171,17 @@ async def _start(settings: Settings, tools: Toolbox, metrics: Metrics, stack: As
         threads=Threads(database, ledger, quota, limiter.finish),
         quota=quota,
         assistants=Assistants(database),
+        crons=Crons(database),
         answers=InFlight(),
         engine=engine,
         followers=engine.followers,
         readiness=readiness,
         retention=retention,
     )
+    scheduler = Scheduler(started.crons, functools.partial(crons.fire, started))
+    scheduler.start()
+    stack.push_async_callback(scheduler.close)
+    return started
 
 
 def _failed(path: str, error: ServiceError, request_id: str) -> Response:

@@ -78,6 +78,14 @@ class TooManyAssistants(ServiceError):
         super().__init__(f"There are {most} assistants, which is as many as one user or key may have. Delete some.")
 
 
+class TooManyCrons(ServiceError):
+    status = 403
+    code = "too_many_crons"
+
+    def __init__(self, most: int) -> None:
+        super().__init__(f"There are {most} crons, which is as many as one user or key may have. Delete some.")
+
+
 class TurnConflict(ServiceError):
     status = 409
     code = "turn_conflict"

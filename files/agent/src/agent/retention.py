@@ -111,8 +111,10 @@ HISTORY = (
     Statement("checkpoints", "checkpoints c", OLD),
 )
 
+# A thread is not idle while a cron waits for its next time.
+NO_CRON: LiteralString = "NOT EXISTS (SELECT FROM crons WHERE crons.thread_id = threads.thread_id AND crons.next_at IS NOT NULL)"
 IDLE: LiteralString = (
-    "SELECT thread_id, last_active FROM threads WHERE last_active < now() - make_interval(days => %(days)s)"
+    f"SELECT thread_id, last_active FROM threads WHERE last_active < now() - make_interval(days => %(days)s) AND {NO_CRON}"  # noqa: S608  a constant
     " AND (last_active, thread_id) > (%(active)s, %(thread)s) ORDER BY last_active, thread_id LIMIT %(limit)s"
 )
 BUSY: LiteralString = "SELECT DISTINCT thread_id FROM runs WHERE thread_id = ANY(%(threads)s) AND status IN ('pending', 'running')"
@@ -201,8 +203,8 @@ class Retention:
             if not self._dry_run:
                 # A new run refers to its thread, and waits for this lock: none can begin any more.
                 locked = self._all(
-                    "SELECT thread_id FROM threads WHERE thread_id = ANY(%(threads)s)"
-                    " AND last_active < now() - make_interval(days => %(days)s)"
+                    "SELECT thread_id FROM threads WHERE thread_id = ANY(%(threads)s)"  # noqa: S608  a constant
+                    f" AND last_active < now() - make_interval(days => %(days)s) AND {NO_CRON}"
                     " ORDER BY thread_id FOR UPDATE SKIP LOCKED",
                     {"threads": threads, "days": self._days},
                 )

@@ -12,6 +12,7 @@ from agent.llm.graph import Agent
 from agent.readiness import Readiness
 from agent.retention import RetentionMetrics
 from agent.runs.assistants import Assistants
+from agent.runs.crons import Crons
 from agent.runs.engine import Engine
 from agent.runs.followers import Followers
 from agent.runs.quota import Quota
@@ -32,6 +33,7 @@ class Services:
     threads: Threads
     quota: Quota
     assistants: Assistants
+    crons: Crons
     answers: InFlight
     engine: Engine
     followers: Followers

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from hmac import compare_digest
+from urllib.parse import urlsplit
 
 import psycopg
 from pydantic import SecretStr
@@ -49,7 +50,7 @@ LONGEST_WAIT = 60
 # After so long without a wrong one, an address or a name begins anew.
 FORGOTTEN_SECONDS = 600
 GUESSERS = 10_000
-
+READING = frozenset({"GET", "HEAD", "OPTIONS"})
 OPEN_PATHS = frozenset({"/health", "/metrics", "/ready"})
 
 
@@ -63,6 +64,12 @@ class TooManyWrongKeys(ServiceError):
     status = 429
     code = "too_many_wrong_keys"
     message = "Too many API keys were wrong. Wait before you try another one."
+
+
+class ForeignSite(ServiceError):
+    status = 403
+    code = "foreign_site"
+    message = "A page of another site may not act in a user's name. Give programs an API key."
 
 
 class KeysUnavailable(ServiceError):
@@ -281,6 +288,17 @@ class Authenticator:
             self._guesses.wrong(name, self._wrong_keys * NAME_TIMES)
         return found
 
+    def check_site(self, method: str, headers: Headers) -> None:
+        """Refuse what a browser sends for another site's page, with a password that it was told for this one.
+
+        A key is sent by no browser by itself. Raises ForeignSite.
+        """
+        if method in READING or headers.get("X-Api-Key") or headers.get("Authorization", "").lower().startswith("bearer "):
+            return
+        site, origin = headers.get("Sec-Fetch-Site"), headers.get("Origin")
+        if site not in (None, "same-origin", "none") or (site is None and origin is not None and (_host(origin) or "") != _host(f"//{headers.get('Host')}")):
+            raise ForeignSite
+
     def _user(self, headers: Headers) -> Principal | None:
         if not self._proxy.sent(headers):
             return None
@@ -290,6 +308,14 @@ class Authenticator:
             return None
         # Not shortened or cleaned: two users must never become one.
         return Principal(f"user:{user}") if 1 <= len(user) <= 255 and user.isprintable() else None
+
+
+def _host(address: str) -> str | None:
+    """The name in an address. The proxy passes a host on without its port."""
+    try:
+        return urlsplit(address).hostname
+    except ValueError:
+        return None
 
 
 class Authenticate:
@@ -309,7 +335,9 @@ class Authenticate:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
             state = scope.setdefault("state", {})
             try:
-                state["principal"] = await self._authenticator().principal(Headers(scope=scope))
+                headers, authenticator = Headers(scope=scope), self._authenticator()
+                state["principal"] = await authenticator.principal(headers)
+                authenticator.check_site(scope["method"], headers)
             except ServiceError as error:
                 response = await self._refuse(Request(scope), error)
                 if error.status == Unauthorized.status:

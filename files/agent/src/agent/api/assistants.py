@@ -27,7 +27,7 @@ from agent.api.schemas import (
 from agent.errors import InvalidRequest, NotFound
 from agent.runs.assistants import Assistant as StoredAssistant
 from agent.runs.quota import ROW_BYTES
-from agent.services import services
+from agent.services import Services, services
 
 router = APIRouter(prefix="/assistants", tags=["assistants"], route_class=JsonRoute)
 
@@ -60,18 +60,18 @@ def check_options(*given: Mapping[str, Any] | None) -> Options:
         raise InvalidRequest(f"{name}: {first['msg']}." if name else f"config.configurable and context: the options are {known}.") from None
 
 
-async def options_of(request: Request, assistant_id: str, *given: Mapping[str, Any] | None) -> dict[str, Any]:
+async def options_of(worker: Services, caller: str, assistant_id: str, *given: Mapping[str, Any] | None) -> dict[str, Any]:
     """What a run with this assistant sets, as RunOptions takes it. Raises NotFound, InvalidRequest."""
     stored: tuple[Mapping[str, Any] | None, ...] = ()
     if not is_deployed(assistant_id):
-        assistant = await services(request).assistants.get(owner(request), assistant_id)
+        assistant = await worker.assistants.get(caller, assistant_id)
         stored = (assistant.config.get("configurable"), assistant.context)
     elif not any(given):
         return {}
     options = check_options(*stored, *given)
     model = {name: value for name in OF_THE_MODEL if (value := getattr(options, name)) is not None}
     if "max_tokens" in model:
-        model["max_tokens"] = min(model["max_tokens"], services(request).settings.max_tokens)
+        model["max_tokens"] = min(model["max_tokens"], worker.settings.max_tokens)
     return {
         "model": model,
         "system_prompt": options.system_prompt or None,

@@ -4,7 +4,7 @@ from importlib.metadata import version
 
 from fastapi import APIRouter
 
-from agent.api import assistants, runs, store, threads
+from agent.api import assistants, crons, runs, store, threads
 from agent.api.answers import Json
 from agent.api.requests import JsonRoute
 from agent.api.schemas import Info, Ok
@@ -27,7 +27,7 @@ async def info() -> Json:
         {
             "version": API_VERSION,
             "langgraph_py_version": version("langgraph"),
-            "flags": {"assistants": True, "crons": False},
+            "flags": {"assistants": True, "crons": True},
             "strict_resume": True,
         }
     )
@@ -39,14 +39,6 @@ class NoSuchFeature(NotSupported):
 
 # What the SDK may ask for besides. Undocumented, because it is not there; named, because "not found" would puzzle.
 ABSENT = {
-    "Crons": [
-        ("POST", "/runs/crons"),
-        ("POST", "/runs/crons/search"),
-        ("POST", "/runs/crons/count"),
-        ("PATCH", "/runs/crons/{cron_id}"),
-        ("DELETE", "/runs/crons/{cron_id}"),
-        ("POST", "/threads/{thread_id}/runs/crons"),
-    ],
     "The thread protocol (threads.stream)": [
         ("POST", "/threads/{thread_id}/stream/events"),
         ("POST", "/threads/{thread_id}/commands"),
@@ -66,6 +58,6 @@ for _feature, _routes in ABSENT.items():
         _refuse(absent, _feature, _method, _path)
 
 router = APIRouter()
-# First, so that "prune" or "crons" is not taken for the name of a thread or run.
-for _router in (absent, assistants.router, threads.router, runs.router, store.router, service):
+# First, so that "prune" is not taken for the name of a thread.
+for _router in (absent, assistants.router, threads.router, crons.router, runs.router, store.router, service):
     router.include_router(_router)

@@ -43,7 +43,7 @@ from agent.api.threads import PAGE, Reading, check_checkpoint, config_of, listed
 from agent.errors import InvalidRequest, MessageExists, NotFound, NothingWaits, ServiceError, StorageUnavailable
 from agent.runs.records import Run as StoredRun
 from agent.runs.records import RunInput, RunOptions, describe_failure
-from agent.services import services
+from agent.services import Services, services
 from agent.tools.approval import check_answer
 
 router = APIRouter(tags=["runs"], route_class=JsonRoute)
@@ -68,21 +68,21 @@ LastEventId = Annotated[str, Header(alias="Last-Event-ID", pattern=r"^(-?[0-9]{1
 @router.post("/threads/{thread_id}/runs", response_model=Run, responses=NEW)
 async def create_run(request: Request, thread_id: ThreadPath, asked: RunCreate, turn_id: TurnId = None) -> Json:
     """Start a run and do not wait for it."""
-    run = await _submit(request, thread_id, asked, _modes(asked) or ALL_MODES, turn_id, resumable=True)
+    run = await _submit(request, thread_id, asked, modes_of(asked) or ALL_MODES, turn_id, resumable=True)
     return Json(describe_run(run), headers={"Content-Location": _path(run)})
 
 
 @router.post("/threads/{thread_id}/runs/wait", response_model=dict[str, Any], responses=STATE | NEW)
 async def wait_for_run(request: Request, thread_id: ThreadPath, asked: RunCreate, turn_id: TurnId = None) -> Live:
     """Run and answer with what the thread then holds. Blank lines before it keep the connection open."""
-    run = await _submit(request, thread_id, asked, _modes(asked), turn_id)
+    run = await _submit(request, thread_id, asked, modes_of(asked), turn_id)
     return _wait(request, run, cancel=_leaves(asked, run))
 
 
 @router.post("/threads/{thread_id}/runs/stream", response_class=Response, responses=EVENTS | NEW)
 async def stream_run(request: Request, thread_id: ThreadPath, asked: RunCreate, turn_id: TurnId = None, namespace: Namespaces = "") -> Live:
     """Run and tell what happens. Location takes up a stream that broke, with Last-Event-ID."""
-    modes = _modes(asked) or ("values",)
+    modes = modes_of(asked) or ("values",)
     run = await _submit(request, thread_id, asked, modes, turn_id)
     return _stream(request, run, modes, cancel=_leaves(asked, run))
 
@@ -197,7 +197,7 @@ async def create_runs(request: Request, asked: Annotated[list[BatchRun], Body(mi
     """Start some runs and do not wait for them. Each is counted; where one is refused, those before it were started."""
     runs = []
     for each in asked:
-        modes = _modes(each) or ALL_MODES
+        modes = modes_of(each) or ALL_MODES
         if each.thread_id is not None:
             runs.append(await _submit(request, each.thread_id, each, modes, None, resumable=True))
         elif isinstance(each.input, Input):
@@ -209,19 +209,19 @@ async def create_runs(request: Request, asked: Annotated[list[BatchRun], Body(mi
 
 @router.post("/runs", response_model=Run, responses=NEW)
 async def create_stateless_run(request: Request, asked: StatelessRunCreate, turn_id: TurnId = None) -> Json:
-    run = await _submit_stateless(request, asked, asked.input, _modes(asked) or ALL_MODES, turn_id, resumable=True)
+    run = await _submit_stateless(request, asked, asked.input, modes_of(asked) or ALL_MODES, turn_id, resumable=True)
     return Json(describe_run(run), headers={"Content-Location": _path(run)})
 
 
 @router.post("/runs/wait", response_model=dict[str, Any], responses=STATE | NEW)
 async def wait_for_stateless_run(request: Request, asked: StatelessRunCreate, turn_id: TurnId = None) -> Live:
-    run = await _submit_stateless(request, asked, asked.input, _modes(asked), turn_id)
+    run = await _submit_stateless(request, asked, asked.input, modes_of(asked), turn_id)
     return _wait(request, run, cancel=_leaves(asked, run))
 
 
 @router.post("/runs/stream", response_class=Response, responses=EVENTS | NEW)
 async def stream_stateless_run(request: Request, asked: StatelessRunCreate, turn_id: TurnId = None, namespace: Namespaces = "") -> Live:
-    modes = _modes(asked) or ("values",)
+    modes = modes_of(asked) or ("values",)
     run = await _submit_stateless(request, asked, asked.input, modes, turn_id)
     return _stream(request, run, modes, cancel=_leaves(asked, run))
 
@@ -300,7 +300,6 @@ async def _submit(
     *,
     resumable: bool = False,
 ) -> StoredRun:
-    set_options = await options_of(request, asked.assistant_id, asked.config.configurable if asked.config else None, asked.context)
     checkpoint_id = check_checkpoint(thread_id, asked.checkpoint) or asked.checkpoint_id
     run_input: RunInput = None
     command = asked.command if asked.command and not asked.command.empty else None
@@ -309,14 +308,14 @@ async def _submit(
     if command:
         run_input = {"resume": command.resume}
     elif isinstance(asked.input, Input):
-        run_input = {"messages": messages(request, asked.input.messages)}
+        run_input = {"messages": messages(services(request), asked.input.messages)}
     if turn_id is None:  # or it may be a repetition, which was accepted already
         await _check_state(request, thread_id, run_input, checkpoint_id)
     return await submit(
         request,
         thread_id,
         run_input,
-        _options(asked, modes, resumable=resumable, checkpoint_id=checkpoint_id, **set_options),
+        await run_options(services(request), owner(request), asked, modes, resumable=resumable, checkpoint_id=checkpoint_id),
         turn_id=turn_id,
         strategy=asked.multitask_strategy,
         create_thread=asked.if_not_exists == "create",
@@ -332,20 +331,21 @@ async def _submit_stateless(
     *,
     resumable: bool = False,
 ) -> StoredRun:
-    set_options = await options_of(request, asked.assistant_id, asked.config.configurable if asked.config else None, asked.context)
     if asked.command and not asked.command.empty:
         raise InvalidRequest("command: cannot be given without a thread.")
     return await submit(
         request,
         None,
-        {"messages": messages(request, given.messages)},
+        {"messages": messages(services(request), given.messages)},
         # There will be no thread to see the values in.
-        _options(asked, (*modes, "values"), resumable=resumable, on_completion=asked.on_completion, **set_options),
+        await run_options(services(request), owner(request), asked, (*modes, "values"), resumable=resumable, on_completion=asked.on_completion),
         turn_id=turn_id,
     )
 
 
-def _options(asked: RunBase, modes: tuple[StreamMode, ...], *, resumable: bool, **more: Any) -> RunOptions:
+async def run_options(worker: Services, caller: str, asked: RunBase, modes: tuple[StreamMode, ...], *, resumable: bool, **more: Any) -> RunOptions:
+    """As the engine takes them; the rest is for RunOptions. Raises NotFound (the assistant), InvalidRequest."""
+    set_options = await options_of(worker, caller, asked.assistant_id, asked.config.configurable if asked.config else None, asked.context)
     return RunOptions(
         stream=streams.sources(modes),
         subgraphs=asked.stream_subgraphs,
@@ -355,6 +355,7 @@ def _options(asked: RunBase, modes: tuple[StreamMode, ...], *, resumable: bool, 
         interrupt_before=_nodes(asked.interrupt_before),
         interrupt_after=_nodes(asked.interrupt_after),
         metadata={**((asked.config and asked.config.metadata) or {}), **(asked.metadata or {})},
+        **set_options,
         **more,
     )
 
@@ -402,9 +403,9 @@ def _is_approval(question: Any) -> bool:
     return isinstance(question, dict) and question.get("type") == "approval"
 
 
-def messages(request: Request, given: UserMessages) -> list[dict[str, Any]]:
+def messages(worker: Services, given: UserMessages) -> list[dict[str, Any]]:
     """The messages as the engine takes them. Raises InvalidRequest where one is too long."""
-    longest: int = services(request).settings.max_message_chars
+    longest: int = worker.settings.max_message_chars
     listed = [_message(message) for message in (given if isinstance(given, list) else [given])]
     if any(len(message["content"]) > longest for message in listed):
         raise InvalidRequest(f"messages: each must have at most {longest} characters.")
@@ -420,7 +421,7 @@ def _message(message: UserMessage) -> dict[str, Any]:
             return {"role": "user", "content": message}
 
 
-def _modes(asked: RunBase) -> tuple[StreamMode, ...]:
+def modes_of(asked: RunBase) -> tuple[StreamMode, ...]:
     wanted = asked.stream_mode or ()
     return tuple(wanted) if isinstance(wanted, list | tuple) else (wanted,)
 

@@ -4,6 +4,7 @@ What means nothing is accepted everywhere: null, and for a feature that is not h
 field that no client knows is refused where something is run or written, and ignored where something is looked for.
 """
 
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 from uuid import UUID, uuid5
 
@@ -428,8 +429,9 @@ class RunConfig(Search):
     configurable: Annotated[dict[str, Any], Field(description="Options of the agent, for this run.")] | None = None
 
 
-class RunBase(Body):
-    assistant_id: AssistantName
+class RunFields(Body):
+    """How something is run."""
+
     config: RunConfig | None = None
     context: Context | None = None
     metadata: Metadata | None = None
@@ -451,6 +453,10 @@ class RunBase(Body):
         Literal["sync", "async", "exit"],
         Field(description="Every run is as durable as `sync` where it matters. Less cannot be had."),
     ] = "sync"
+
+
+class RunBase(RunFields):
+    assistant_id: AssistantName
 
 
 class RunCreate(RunBase):
@@ -526,6 +532,97 @@ class RunsCancel(Body):
     thread_id: ThreadId
     run_ids: Annotated[list[Uuid], Field(min_length=1, max_length=100)]
     status: Absent = None
+
+
+# Crons
+
+CronPath = Annotated[UUID, Path(description="A cron of the caller's.")]
+CronSchedule = Annotated[str, Field(max_length=200, description="As cron writes it: five fields, or `@daily` and the like.")]
+CronTimezone = Annotated[str, Field(max_length=64, description="A name of the IANA database, such as `Europe/Berlin`. UTC unless it is given.")]
+CronSort = Literal["cron_id", "assistant_id", "thread_id", "created_at", "updated_at", "next_run_date", "end_time"]
+CronField = Literal[
+    "cron_id", "assistant_id", "thread_id", "end_time", "schedule", "timezone", "created_at", "updated_at", "user_id", "payload",
+    "next_run_date", "metadata", "now", "on_run_completed", "enabled",
+]  # fmt: skip
+
+
+def _moment(value: Any) -> datetime:
+    """In UTC. One without an offset is UTC too."""
+    try:
+        moment = datetime.fromisoformat(value)
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    except (TypeError, ValueError, OverflowError):
+        raise PydanticCustomError("moment", "must be a date and a time, such as 2030-01-31T09:00:00+01:00") from None
+
+
+Moment = Annotated[datetime, BeforeValidator(_moment), WithJsonSchema({"type": "string", "format": "date-time"})]
+OnRunCompleted = Annotated[Literal["delete", "keep"], Field(description="What becomes of the thread that is made for each run.")]
+
+
+class CronRun(RunBase):
+    """What each run of a cron is given."""
+
+    input: RunInput
+
+
+class CronCreate(CronRun):
+    schedule: CronSchedule
+    timezone: CronTimezone | None = None
+    end_time: Annotated[Moment, Field(description="The last moment at which a run may begin.")] | None = None
+    enabled: bool = True
+
+
+class StatelessCronCreate(CronCreate):
+    on_run_completed: OnRunCompleted = "delete"
+
+
+class CronUpdate(RunFields):
+    """What is not given stays. An end_time of null takes it away."""
+
+    assistant_id: AssistantName | None = None
+    input: RunInput | None = None
+    schedule: CronSchedule | None = None
+    timezone: CronTimezone | None = None
+    end_time: Annotated[Moment, Field(description="The last moment at which a run may begin.")] | None = None
+    enabled: bool | None = None
+    on_run_completed: OnRunCompleted | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_null(cls, value: Any) -> Any:
+        return {name: inner for name, inner in value.items() if inner is not None or name == "end_time"} if isinstance(value, dict) else value
+
+
+class CronCount(Search):
+    assistant_id: AssistantName | None = None
+    thread_id: ThreadId | None = None
+    metadata: Annotated[dict[str, Any], Field(description="What a cron's metadata must contain.")] | None = None
+
+
+class CronSearch(CronCount):
+    enabled: bool | None = None
+    limit: Limit = 10
+    offset: Offset = 0
+    sort_by: CronSort = "created_at"
+    sort_order: Literal["asc", "desc"] = "desc"
+    select: list[CronField] | None = None
+
+
+class Cron(Part):
+    cron_id: str
+    assistant_id: str
+    thread_id: str | None
+    on_run_completed: Literal["delete", "keep"] | None
+    end_time: str | None
+    schedule: str
+    timezone: str | None
+    created_at: str
+    updated_at: str
+    payload: dict[str, Any]
+    user_id: None
+    next_run_date: str | None
+    metadata: dict[str, Any]
+    enabled: bool
 
 
 # Store

@@ -2,7 +2,7 @@
 
 import { ask, explain, threadPath } from "./api.js";
 import { announce, button, byId, el, store } from "./dom.js";
-import { followRun, keptTurn, reuse, Run, send, showApproval } from "./run.js";
+import { followRun, keptTurn, offerActs, reuse, Run, send, showApproval } from "./run.js";
 import { isListed, loadMore, loadThreads, markCurrent, refreshThreads } from "./threads.js";
 import { Turn, turnsOf } from "./turn.js";
 import {
@@ -25,6 +25,16 @@ const THEME = "agent-theme"; // theme.js has it too
 
 const threadInAddress = () => (/^#([A-Za-z0-9_-]{1,64})$/.exec(location.hash) ?? [])[1] ?? null;
 
+/** What was written and not sent, for each thread by its own. */
+const drafts = new Map();
+
+function changeDraft(id) {
+  const field = byId("message");
+  if (field.value) drafts.set(view.thread, field.value);
+  else drafts.delete(view.thread);
+  field.value = drafts.get(id) ?? "";
+}
+
 function clearView() {
   view.run?.leave();
   view.run = view.approval = null;
@@ -36,6 +46,7 @@ function clearView() {
 
 async function openThread(id) {
   const mine = ++view.loading;
+  if (id !== view.thread) changeDraft(id);
   view.thread = id;
   clearView();
   byId("welcome").hidden = id !== null;
@@ -70,6 +81,7 @@ async function showThread(id, mine) {
   if (mine !== view.loading) return;
   const turns = turnsOf(state?.values?.messages ?? []);
   byId("turns").replaceChildren(...turns.map((turn) => turn.node));
+  for (const turn of turns) offerActs(turn, id);
   byId("welcome").hidden = true;
   if (turns.length && !isListed(id)) setTitle(firstWords(turns[0].text ?? ""));
   const active = (runs ?? []).filter((run) => run.status === "pending" || run.status === "running").at(-1);
@@ -83,7 +95,7 @@ async function showThread(id, mine) {
     const turn = known ? replaceTurn(known, known.text) : last ?? replaceTurn(null, null);
     followRun(new Run(turn, { thread: id, runId: active.run_id, reload: !known }));
   } else if (last && !showApproval(last, state) && last.lacksAnswer) {
-    last.note("This message was not answered. The next one takes its place.", { plain: true, actions: [reuse(last)] });
+    last.note("This message was not answered.", { plain: true, actions: [reuse(last)] });
   }
   showLatest();
 }

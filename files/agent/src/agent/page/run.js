@@ -3,7 +3,7 @@
 import { ask, events, explain, pause, Refusal, request, threadPath, uuid } from "./api.js";
 import { announce, button, byId, el, store, stored } from "./dom.js";
 import { loadThreads, markCurrent } from "./threads.js";
-import { addDetails, pretty, textOf, Turn } from "./turn.js";
+import { addDetails, pretty, textOf, thoughtOf, Turn } from "./turn.js";
 import { firstWords, followLatest, keepsLatest, setTitle, showControls, showLatest, view } from "./view.js";
 
 const TURN = "agent-turn";
@@ -60,6 +60,7 @@ export class Run {
   }
 
   async follow() {
+    this.turn.acts?.remove();
     this.turn.progress("Thinking…");
     while (!this.left || !this.runId) {
       try {
@@ -127,6 +128,9 @@ export class Run {
       case "messages":
         this.#message(data[0]);
         break;
+      case "reasoning":
+        turn.think(data.text);
+        break;
       case "token":
         turn.progress(null);
         turn.add(data.text);
@@ -166,6 +170,8 @@ export class Run {
       turn.progress("Thinking…");
       return;
     }
+    const thought = message.type === "AIMessageChunk" ? thoughtOf(message) : "";
+    if (thought) turn.think(thought);
     const text = message.type === "AIMessageChunk" ? textOf(message) : "";
     if (text) {
       turn.progress(null);
@@ -187,6 +193,7 @@ export class Run {
     turn.end("stopped");
     if (this.tokens) turn.usage(...this.tokens);
     this.#over();
+    offerActs(turn, this.thread);
     if (answer) announce(`The agent says: ${answer}`);
     if (this.reload && !this.left) return view.open(this.thread);
     if (!turn.steps.size && answer) return;
@@ -203,7 +210,7 @@ export class Run {
     this.turn.node.classList.add("lost");
     const stopped = code === "cancelled";
     const actions = this.turn.text === null ? [] : [this.#again(), reuse(this.turn)];
-    const text = stopped ? "Stopped. The next message takes the place of this one." : message || "The answer failed.";
+    const text = stopped ? "Stopped." : message || "The answer failed.";
     this.turn.note(text, { plain: stopped, actions });
     announce(text);
     this.#over();
@@ -240,11 +247,7 @@ export class Run {
   }
 
   #again() {
-    return button("Try again", () => {
-      if (view.run || view.approval) return;
-      this.turn.node.remove();
-      send(this.turn.text);
-    });
+    return button("Try again", () => sendInstead(this.turn, this.thread, this.turn.text));
   }
 
   #over() {
@@ -273,6 +276,85 @@ export class Run {
       showControls();
     }
   }
+}
+
+/** Take a turn and all that came after it out of the thread, and say something in its place. */
+async function sendInstead(turn, thread, text) {
+  if (view.run || view.approval || view.thread !== thread) return;
+  // Nothing else is sent until that is done.
+  const replacing = { stopping: true, stop() {}, leave() {} };
+  view.run = replacing;
+  showControls();
+  turn.clearNotes();
+  turn.progress("Thinking…");
+  try {
+    const state = await ask("GET", threadPath(thread, "/state")).catch((error) => {
+      if (error.status === 404) return null; // its first message did not arrive
+      throw error;
+    });
+    const messages = state?.values?.messages ?? [];
+    const from = turn.id === null ? -1 : messages.findIndex((message) => message.id === turn.id);
+    if (from >= 0) {
+      const gone = messages.slice(from).map((message) => ({ type: "remove", id: message.id }));
+      await ask("POST", threadPath(thread, "/state"), { values: { messages: gone }, as_node: "model" });
+    }
+  } catch (error) {
+    turn.progress(null);
+    turn.note(explain(error), { actions: [button("Try again", () => sendInstead(turn, thread, text))] });
+    text = null;
+  }
+  if (view.run !== replacing) return; // another thread is shown by now
+  view.run = null;
+  showControls();
+  if (text === null) return;
+  while (turn.node.nextElementSibling) turn.node.nextElementSibling.remove();
+  turn.node.remove();
+  send(text);
+}
+
+/** What can be done with a turn that is over: copied, asked again, asked in other words. */
+export function offerActs(turn, thread) {
+  turn.acts?.remove();
+  const acts = [];
+  if (navigator.clipboard && turn.said.length) {
+    acts.push(
+      button("Copy", async () => {
+        await navigator.clipboard.writeText(turn.said.join("\n\n"));
+        announce("Copied");
+      }),
+    );
+  }
+  if (turn.text !== null && turn.id !== null) {
+    acts.push(button("Answer anew", () => sendInstead(turn, thread, turn.text)), button("Edit", () => edit(turn, thread)));
+  }
+  if (!acts.length) return;
+  turn.acts = el("div", { className: "acts" }, ...acts);
+  turn.node.append(turn.acts);
+}
+
+/** Write a question anew in its place. What came after it goes once the new one is sent. */
+function edit(turn, thread) {
+  if (view.run || view.approval || turn.node.querySelector(".edit")) return;
+  const shown = turn.node.querySelector(".mine");
+  const field = el("textarea", { value: turn.text, rows: 3, dir: "auto", "aria-label": "Question" });
+  const close = () => {
+    form.replaceWith(shown);
+    byId("message").focus();
+  };
+  const form = el(
+    "form",
+    {
+      className: "edit",
+      onsubmit: (event) => {
+        event.preventDefault();
+        if (field.value.trim()) sendInstead(turn, thread, field.value);
+      },
+    },
+    field,
+    el("div", { className: "choices" }, el("button", { type: "submit", className: "approve" }, "Send"), button("Cancel", close)),
+  );
+  shown.replaceWith(form);
+  field.focus();
 }
 
 /** Fill in what the stream did not tell of this turn's tools. */

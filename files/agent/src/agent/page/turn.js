@@ -55,6 +55,9 @@ export class Turn {
     this.text = text;
     this.node = el("article", { className: "turn" });
     this.answer = null;
+    this.thought = null;
+    // What the agent said, as it wrote it.
+    this.said = [];
     this.steps = new Map();
     this.notes = [];
     if (text !== null) {
@@ -78,8 +81,20 @@ export class Turn {
     this.answer.add(text);
   }
 
+  /** What the model thinks before it answers: folded, for who wants to know. */
+  think(text) {
+    if (!this.thought) {
+      const body = el("div", { dir: "auto" });
+      this.thought = { node: el("details", { className: "thought" }, el("summary", {}, "Reasoning"), body), body };
+      this.#append(this.thought.node);
+    }
+    this.thought.body.append(text);
+  }
+
   /** What is being written will be written anew. */
   void() {
+    this.thought?.node.remove();
+    this.thought = null;
     if (this.answer) cancelAnimationFrame(this.answer.frame);
     this.answer?.node.remove();
     this.answer = null;
@@ -88,7 +103,8 @@ export class Turn {
   /** What is written so far is complete; text that follows stands by itself. */
   close() {
     this.answer?.render();
-    this.answer = null;
+    if (this.answer?.text) this.said.push(this.answer.text);
+    this.answer = this.thought = null;
   }
 
   step(id, name) {
@@ -123,7 +139,7 @@ export class Turn {
     step.state.className = `state ${state}`;
     step.state.replaceChildren(
       ...(state === "running" ? [el("span", { className: "spinner", "aria-hidden": "true" })] : []),
-      { running: "", waiting: "waiting", done: "✓ done", failed: "✗ failed", stopped: "stopped" }[state],
+      { running: "", waiting: "waiting", done: "✓ done", failed: "✗ failed", refused: "✗ not allowed", stopped: "stopped" }[state],
     );
     if (state === "running") step.state.setAttribute("aria-label", "running");
     else step.state.removeAttribute("aria-label");
@@ -169,6 +185,8 @@ export function textOf(message) {
   return (message.content ?? []).map((part) => (typeof part === "string" ? part : part.text ?? "")).join("");
 }
 
+export const thoughtOf = (message) => message.additional_kwargs?.reasoning_content ?? "";
+
 /** The turns that a thread's messages are. */
 export function turnsOf(messages) {
   const turns = [];
@@ -179,6 +197,8 @@ export function turnsOf(messages) {
     const turn = turns.at(-1);
     turn.lacksAnswer = message.type !== "ai" || message.tool_calls?.length > 0;
     if (message.type === "ai") {
+      const thought = thoughtOf(message);
+      if (thought) turn.think(thought);
       const text = textOf(message);
       if (text) turn.add(text);
       turn.close();
@@ -201,6 +221,7 @@ export function addDetails(turn, message) {
   }
   if (message.type !== "tool") return;
   const step = turn.step(message.tool_call_id, message.name ?? "tool");
-  turn.setStep(step, message.status === "error" ? "failed" : "done");
+  const refused = message.additional_kwargs?.refused === true;
+  turn.setStep(step, refused ? "refused" : message.status === "error" ? "failed" : "done");
   turn.detail(step, "Result", textOf(message));
 }

@@ -10,9 +10,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import Any, Literal
-from uuid import uuid4
 
 import orjson
 from langchain_core.runnables import RunnableConfig
@@ -23,10 +21,11 @@ from agent.metrics import Metrics
 from agent.runs._langgraph import CHECKPOINTER, without_internal
 from agent.runs.board import Board
 from agent.runs.checkpoints import ThreadSaver
+from agent.runs.crons import Due
 from agent.runs.events import EventStreams
 from agent.runs.followers import Followers
 from agent.runs.ledger import Channel, Ledger
-from agent.runs.records import Batch, Finished, Outcome, Run, RunInput, RunOptions, Strategy, new_run_id
+from agent.runs.records import Batch, Finished, Outcome, Run, RunInput, RunOptions, Strategy, new_run
 from agent.runs.runner import GIVE_UP_SECONDS, RETRY_SECONDS, Runner
 from agent.runs.takeover import Takeover
 from agent.settings import Settings
@@ -116,23 +115,7 @@ class Engine:
         options = options or RunOptions()
         if options.strategy != strategy:
             options = replace(options, strategy=strategy)
-        now = datetime.now(UTC)
-        run = Run(
-            run_id=run_id or new_run_id(),
-            thread_id=thread_id or str(uuid4()),
-            owner=owner,
-            turn_id=turn_id,
-            status="pending",
-            attempt=1,
-            first_attempt=1,
-            cancel=None,
-            input=run_input,
-            options=options,
-            result=None,
-            error=None,
-            created_at=now,
-            updated_at=now,
-        )
+        run = new_run(run_id, thread_id, owner, turn_id, run_input, options)
         metadata = orjson.dumps(thread_metadata or {}).decode()
         reject = strategy == "reject"
         for _ in range(5):
@@ -147,6 +130,16 @@ class Engine:
                 raise ThreadBusy
             # The thread came, went or became busy between the parts of the statement.
         raise ThreadBusy
+
+    async def fire(self, due: Due, run_input: RunInput, options: RunOptions, run_id: str) -> Run | None:
+        """Record the run of a cron, and with it that its time is used up. None where another worker was faster, or with "reject" the thread is busy.
+
+        Raises StorageUnavailable, ShuttingDown.
+        """
+        if self._board.closing:
+            raise ShuttingDown
+        run = new_run(run_id, due.cron.thread_id, due.cron.owner, None, run_input, options)
+        return await self._accepted(run) if await self._ledger.fire(run, due) else None
 
     async def _accepted(self, run: Run) -> Run:
         if run.status == "running":
@@ -253,11 +246,7 @@ class Engine:
     ) -> dict[str, Any]:
         """Change a thread by hand and return the configurable of the new checkpoint. ThreadBusy while it is busy."""
         await self._check_owner(owner, thread_id)
-        now = datetime.now(UTC)
-        run = Run(
-            new_run_id(), thread_id, owner, None, "pending", 1, 1, None, None, RunOptions(kind="update"), None, None,
-            now, now,
-        )  # fmt: skip
+        run = new_run(None, thread_id, owner, None, None, RunOptions(kind="update"))
         if not await self._ledger.insert(run, "{}", create_thread=False, reject=True):
             raise ThreadBusy
         configurable = {"thread_id": thread_id, "checkpoint_ns": ""}

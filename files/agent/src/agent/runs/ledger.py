@@ -15,9 +15,10 @@ from psycopg.conninfo import make_conninfo
 from psycopg.rows import DictRow
 
 from agent.errors import StorageUnavailable
+from agent.runs.crons import Due
 from agent.runs.quota import ROW_BYTES
 from agent.runs.records import Batch, Outcome, Run, RunLost, RunOptions
-from agent.runs.statements import CANCEL, CHANNEL, FINISH, FINISH_ONE, INSERT, ROLL_BACK, SAVE
+from agent.runs.statements import CANCEL, CHANNEL, FINISH, FINISH_ONE, FIRE, INSERT, ROLL_BACK, SAVE
 from agent.storage.postgres import Database
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,29 @@ class Ledger:
         run.status = rows[0]["status"]
         run.created_at = run.updated_at = rows[0]["created_at"]
         run.first = rows[0]["first"]
+        return True
+
+    async def fire(self, run: Run, due: Due) -> bool:
+        """Record a cron's run and move the cron on. False where its time was used up already, or its thread refuses."""
+        rows = await self._database.rows(
+            FIRE,
+            {
+                "run": run.run_id,
+                "thread": run.thread_id,
+                "owner": run.owner,
+                "input": orjson.dumps(run.input).decode(),
+                "options": run.options.to_json(),
+                "cron": due.cron.cron_id,
+                "due": due.due_at,
+                "following": due.following,
+                "create": due.cron.thread_id is None,
+                "reject": run.options.strategy == "reject",
+                "bytes": ROW_BYTES,
+            },
+        )
+        if not rows:
+            return False
+        run.created_at = run.updated_at = rows[0]["created_at"]
         return True
 
     async def find(self, run_id: str) -> Run | None:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Literal, TypedDict
 from uuid import UUID, uuid4
 
@@ -125,6 +125,27 @@ class Run:
     @property
     def metadata(self) -> dict[str, Any]:
         return self.options.metadata
+
+
+def new_run(run_id: str | None, thread_id: str | None, owner: str, turn_id: str | None, run_input: RunInput, options: RunOptions) -> Run:
+    """One that waits, with a thread's name of its own unless it is given one."""
+    now = datetime.now(UTC)
+    return Run(
+        run_id=run_id or new_run_id(),
+        thread_id=thread_id or str(uuid4()),
+        owner=owner,
+        turn_id=turn_id,
+        status="pending",
+        attempt=1,
+        first_attempt=1,
+        cancel=None,
+        input=run_input,
+        options=options,
+        result=None,
+        error=None,
+        created_at=now,
+        updated_at=now,
+    )
 
 
 @dataclass(slots=True)

@@ -198,7 +198,8 @@ class Runner:
         except asyncio.CancelledError as error:
             if active.reason is None:
                 raise
-            return Outcome("interrupted", "interrupted", error=describe_failure(Cancelled())), error
+            kept = active.reason == "interrupt" and await self._keep_written(attempt, run)
+            return Outcome("interrupted", "idle" if kept else "interrupted", error=describe_failure(Cancelled())), error
         except RunLost:
             raise
         except TurnTimeout as error:
@@ -208,6 +209,17 @@ class Runner:
         except Exception as error:
             logger.exception("internal error", extra={"run_id": run.run_id, "thread_id": run.thread_id})
             return Outcome("error", "error", error=describe_failure(ServiceError())), error
+
+    async def _keep_written(self, attempt: Attempt, run: Run) -> bool:
+        """Stopping must not fail of it: where the text cannot be kept, only the question is."""
+        try:
+            async with asyncio.timeout(GIVE_UP_SECONDS):
+                return await attempt.keep_written()
+        except RunLost:
+            raise
+        except Exception:
+            logger.exception("a stopped answer was not kept", extra={"run_id": run.run_id, "thread_id": run.thread_id})
+            return False
 
     async def _traced(self, attempt: Attempt, run: Run) -> Outcome:
         with self._tracing.span("run", {"run_id": run.run_id, "thread_id": run.thread_id, "attempt": run.attempt}):

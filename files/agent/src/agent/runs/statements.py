@@ -25,6 +25,21 @@ ON CONFLICT DO NOTHING
 RETURNING status, created_at, EXISTS (SELECT FROM made) AS first
 """
 
+# The run waits, so that any worker takes it, also where this one dies now.
+FIRE: LiteralString = """
+WITH due AS (
+    UPDATE crons SET next_at = %(following)s, taken_until = NULL, last_run = %(run)s WHERE cron_id = %(cron)s AND next_at = %(due)s
+    RETURNING cron_id
+),
+made AS (
+    INSERT INTO threads (thread_id, owner, metadata, bytes) SELECT %(thread)s, %(owner)s, '{}', %(bytes)s FROM due WHERE %(create)s
+),
+busy AS (SELECT EXISTS (SELECT FROM runs WHERE thread_id = %(thread)s AND status IN ('pending', 'running')) AS busy)
+INSERT INTO runs (run_id, thread_id, owner, status, input, options)
+SELECT %(run)s, %(thread)s, %(owner)s, 'pending', %(input)s, %(options)s FROM due, busy WHERE NOT (busy AND %(reject)s)
+RETURNING created_at
+"""
+
 # Checkpoints, blobs and writes, as the saver itself would store them, all of them if the run is this worker's.
 STORE: LiteralString = """
 c AS (

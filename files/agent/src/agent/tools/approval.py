@@ -83,5 +83,7 @@ def ask(calls: list[ToolCall], patterns: tuple[str, ...]) -> list[ToolMessage]:
             raise
         if not answer.approve:
             text = "The user did not allow this call." + (f" The reason: {answer.reason}" if answer.reason else "")
-            refused.append(ToolMessage(text, name=call["name"], tool_call_id=call["id"], status="error"))
+            # The mark tells clients that nothing failed. The model is told by the text.
+            mark = {"refused": True}
+            refused.append(ToolMessage(text, name=call["name"], tool_call_id=call["id"], status="error", additional_kwargs=mark))
     return refused
