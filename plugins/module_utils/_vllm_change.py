@@ -20,7 +20,10 @@ FOREIGN_TOLERANCE_MIB = 1024
 
 @dataclass(frozen=True)
 class Running:
-    """The model that serves now: what its process holds on each GPU, and whether it can be put to sleep."""
+    """The model that serves now: what its process holds on each GPU, and whether it can be put to sleep.
+
+    `slept_before` says that the host's memory for its weights is pinned already.
+    """
 
     name: str
     used_mib: int
@@ -68,7 +71,7 @@ class Swap:
 class Timings:
     """Seconds seen on an H100 (vLLM 0.26, Llama 3.1 8B in bf16, 15 GiB of weights)."""
 
-    # The first sleep at level 1 pins host memory for the weights: 10.1 and 16.2 s. It stays pinned, so the next sleep took 0.4 s.
+    # A first sleep at level 1 that nobody paid for ahead pins host memory for the weights: 10.1 and 16.2 s. It stays pinned, so the next sleep took 0.4 s.
     first_sleep_per_gib: float = 1.05
     later_sleep_per_gib: float = 0.03
     wake_per_gib: float = 0.04  # 0.5 and 0.6 s
@@ -108,7 +111,7 @@ def plan_swap(plan: Plan, serving: Serving, *, host_free_mib: int, timings: Timi
         why = f"{running.name} was started without sleep mode"
     elif gpu.total_mib - foreign - ASLEEP_MIB < math.ceil(share * gpu.total_mib):
         why = f"beside {running.name} asleep ({ASLEEP_MIB:,} MiB) and other programs ({foreign:,} MiB) the new model's share is not free"
-    elif host_free_mib < running.weights_mib + 2048:
+    elif not running.slept_before and host_free_mib < running.weights_mib + 2048:
         why = f"the host has {host_free_mib:,} MiB of memory free, and the weights of {running.name} take {running.weights_mib:,}"
     else:
         then = timings.wake_per_gib * gib if asleep else load

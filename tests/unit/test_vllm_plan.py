@@ -537,6 +537,11 @@ def test_hold_and_recreate_says_why(running: Running, used_mib: int, host_free_m
     assert found.hold_seconds > 100
 
 
+def test_memory_that_is_pinned_already_is_not_asked_for_again() -> None:
+    running = Running("blue", 74_249, 15_360, sleep_mode=True, slept_before=True)
+    assert swap("llama-3.1-8b", running, busy(74_249), 8_000).strategy == "sleep"
+
+
 def test_what_does_not_fit_leaves_what_runs_alone() -> None:
     found = swap("llama-3.1-70b", BLUE, busy(74_249))
     assert (found.strategy, found.hold_seconds) == ("none", 0)

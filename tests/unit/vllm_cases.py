@@ -71,6 +71,8 @@ ALONE: Hosts = {
         "vllm_extra_arguments": ["--chat-template", "/models/it's $odd.jinja", "--override-generation-config", '{"top_k": 20}'],
         "__vllm_plan": plan("sleep", model_arguments=[]),
     },
+    # As with the tag of another role: Ansible reads what the role vllm gives to others, and no task of it has made a plan.
+    "cuda-not-planned": {"vllm_model": "Qwen/Qwen3-8B"},
     "elsewhere": {
         "vllm_device": "cpu",
         "vllm_model": "org/model",
