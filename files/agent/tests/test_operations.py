@@ -55,7 +55,7 @@ class TestMigrate:
     def test_threads_from_before_they_had_owners(self, empty: dict[str, str], postgres: Postgres) -> None:
         assert migrate(empty).returncode == 0
         with psycopg.connect(postgres.admin("empty"), autocommit=True) as connection:
-            connection.execute("DROP TABLE runs, threads, workers")
+            connection.execute("DROP TABLE crons, runs, threads, workers")
             connection.execute("DELETE FROM agent_migrations WHERE name LIKE '0001%'")
             connection.execute("INSERT INTO checkpoints (thread_id, checkpoint_id, checkpoint) VALUES ('old', '1', '{}')")
         assert migrate(empty).stdout == "migrations applied: 1\n"

@@ -234,6 +234,7 @@ def test_a_run_on_a_thread_of_its_own(client: SyncLangGraphClient, migrated: Pos
     [thread] = client.threads.search()
     assert texts(client, thread["thread_id"])[0] == "hello"
     assert any("You are a pirate." in str(request["messages"][0]) for request in model.requests())
+    client.assistants.delete(assistant)
 
 
 def test_one_run_makes_up_for_all_that_were_missed(client: SyncLangGraphClient, migrated: Postgres) -> None:

@@ -60,6 +60,8 @@ class Attempt:
         self._usage: dict[str, int] | None = None
         # The message that the model is writing, as far as it was told.
         self._writing: str | None = None
+        # Whether what was written of an answer that was stopped is one of the messages.
+        self._kept = False
         self._written = self._thought = ""
 
     async def work(self) -> Outcome:
@@ -92,9 +94,10 @@ class Attempt:
             return 0
         messages: list[AnyMessage] = self._saver.values.get("messages", [])
         tokens = self._used(messages)["total_tokens"]
-        if self._writing is not None and self._writing not in {message.id for message in messages}:
+        before = [message for message in messages if message.id != self._writing]
+        if self._writing is not None and (self._kept or len(before) == len(messages)):
             # Broken off before the model could say what it cost, but its client has read it.
-            shown = sum(count(message) for message in messages)
+            shown = sum(count(message) for message in before)
             tokens += min(shown, window) + count_text(self._thought + self._written)
         return tokens
 
@@ -107,6 +110,7 @@ class Attempt:
         answer = AIMessage(self._written, id=self._writing, additional_kwargs=thought, response_metadata={"finish_reason": "stopped"})
         place = {"thread_id": self._run.thread_id, "checkpoint_ns": "", CHECKPOINTER: self._saver}
         await self._graph.aupdate_state({"configurable": place}, {"messages": [answer]}, "model")
+        self._kept = True
         return True
 
     async def _load(self) -> CheckpointTuple | None:
