@@ -563,7 +563,7 @@ def last_words(log: str) -> str:
 def free_mib() -> int:
     """Return what programs can still have of the host's memory."""
     with open("/proc/meminfo") as lines:
-        return next(int(line.split()[1]) // 1024 for line in lines if line.startswith("MemAvailable:"))
+        return next((int(line.split()[1]) // 1024 for line in lines if line.startswith("MemAvailable:")), 0)
 
 
 def address_of(found: dict[str, Any]) -> str:

@@ -399,6 +399,7 @@ from ansible_collections.selfhosted.agent_stack.plugins.module_utils import (  #
     _vllm_catalogue,
     _vllm_change,
     _vllm_config,
+    _vllm_host,
     _vllm_plan,
     _vllm_specs,
     _vllm_survey,
@@ -434,11 +435,6 @@ def gpu_of(entry: dict[str, Any]) -> _vllm_plan.Gpu:
     total = int(entry["total_mib"]) - int(entry.get("reserved_mib") or 0)
     free = int(entry["free_mib"]) if entry.get("free_mib") is not None else total
     return _vllm_plan.Gpu(str(entry.get("name") or "GPU"), total, free, float(entry.get("compute_capability") or 0))
-
-
-def host_free_mib() -> int:
-    with open("/proc/meminfo") as stream:
-        return next((int(line.split()[1]) // 1024 for line in stream if line.startswith("MemAvailable:")), 0)
 
 
 def disk_of(path: str, missing_bytes: int) -> tuple[dict[str, int], str]:
@@ -728,7 +724,7 @@ def make_result(params: dict[str, Any], *, check_mode: bool = False) -> dict[str
     if copies * plan.tensor_parallel > len(gpus) and not surveyed:
         raise PlanError(f"--data-parallel-size is {copies}, and each copy takes {plan.tensor_parallel} of the {len(gpus)} GPUs; allowed is no more than fit.")
     serving = _vllm_change.read_serving(params["serving"], params["model"], plan.gpu.total_mib)
-    swap = _vllm_change.plan_swap(plan, serving, host_free_mib=host_free_mib(), timings=_vllm_change.Timings())
+    swap = _vllm_change.plan_swap(plan, serving, host_free_mib=_vllm_host.free_mib(), timings=_vllm_change.Timings())
     disk, no_room = disk_of(params["disk_path"], files.missing_bytes + adapter_bytes)
     memory = plan.memory
     for_model = model_arguments(plan, parsers, family, shape, params)

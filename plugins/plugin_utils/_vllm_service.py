@@ -18,13 +18,14 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ansible.module_utils.parsing.convert_bool import boolean
+from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_host import SERVE
 
 from ._topology import Topology
 
 # The user inside the container, which owns the models and the caches on the host.
 UID = 10001
 CACHE = "/cache"
-PROGRAMS = "/etc/agent-stack"
+PROGRAMS = os.path.dirname(SERVE)
 ADAPTERS = "/adapters"
 SOCKET = "/run/vllm/api.sock"
 # Ports from `vllm_node_port` on, of which a model that several hosts share takes one.
@@ -179,7 +180,7 @@ def _imported(settings: Settings, topology: Topology) -> dict[str, str]:
 def _entrypoint(settings: Settings, topology: Topology, plan: Mapping[str, Any]) -> list[str]:
     serve = ["vllm", "serve"]
     if not topology.shared:
-        return ["python3", f"{PROGRAMS}/serve.py", "serve"] if settings.device == "cuda" else serve
+        return ["python3", SERVE, "serve"] if settings.device == "cuda" else serve
     node = ["python3", f"{PROGRAMS}/node.py"]
     if topology.follows:
         return [*node, "follow", settings.peer_address, topology.head_address, str(meeting_port(settings, plan)), *serve]

@@ -1,7 +1,6 @@
 """Crons: runs that begin at the times of a schedule."""
 
 import logging
-from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -130,8 +129,7 @@ async def _create(request: Request, thread_id: str | None, asked: CronCreate, on
 async def search_crons(request: Request, asked: CronSearch) -> Json:
     """The newest first, unless asked otherwise. X-Pagination-Next has the offset of the next page."""
     found = [each for each in await _found(request, asked) if asked.enabled in (None, each["enabled"])]
-    order: Callable[[dict[str, Any]], Any] = lambda each: (each[asked.sort_by] is not None, each[asked.sort_by] or "", each["cron_id"])  # noqa: E731
-    found.sort(key=order, reverse=asked.sort_order == "desc")
+    found.sort(key=lambda each: (each[asked.sort_by] is not None, each[asked.sort_by] or "", each["cron_id"]), reverse=asked.sort_order == "desc")
     page = found[asked.offset : asked.offset + asked.limit]
     if asked.select and "now" in asked.select:
         page = [{**each, "now": datetime.now(UTC)} for each in page]
