@@ -447,7 +447,12 @@ def test_many_at_once_lose_nothing(agent: Agent, client: SyncLangGraphClient) ->
 # Without a thread
 
 
-def test_stateless_runs(client: SyncLangGraphClient) -> None:
+def test_stateless_runs(agent: Agent) -> None:
+    with connect(agent, user=f"owner-{uuid.uuid4().hex[:8]}") as client:
+        _without_a_thread(client)
+
+
+def _without_a_thread(client: SyncLangGraphClient) -> None:
     created: list[Any] = []
     before = client.threads.count()
     values = say(client, None, "hello", on_run_created=created.append)

@@ -24,13 +24,13 @@ NO_CHECKPOINT = "00000000-0000-0000-0000-000000000000"
 
 @pytest.fixture
 def client(agent: Agent) -> Iterator[SyncLangGraphClient]:
-    with connect(agent) as client:
+    with connect(agent, user=f"owner-{uuid.uuid4().hex[:8]}") as client:
         yield client
 
 
 @pytest.fixture
 def stranger(agent: Agent) -> Iterator[SyncLangGraphClient]:
-    with connect(agent, user="stranger") as client:
+    with connect(agent, user=f"stranger-{uuid.uuid4().hex[:8]}") as client:
         yield client
 
 
