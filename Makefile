@@ -294,6 +294,7 @@ lock: venv
 	cd files/agent && $(COMPILE) requirements.in -o requirements.lock
 	cd files/agent && $(COMPILE) -c requirements.lock requirements-test.in -o requirements-test.lock
 	cd bench && $(COMPILE) requirements.in -o requirements.lock
+	cd files/images/vllm-cpu && $(COMPILE) uv.in -o uv.lock
 
 COMPILE := uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
 
