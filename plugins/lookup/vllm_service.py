@@ -45,8 +45,8 @@ _raw:
       description: The command that fetches the model, for a container of the server's image.
       type: list
       elements: str
-    adapters:
-      description: The commands that fetch adapters, by the names of their services.
+    more_fetches:
+      description: The commands that fetch adapters and what guesses tokens ahead, by the names of their services.
       type: dict
     follower:
       description: Name of the Compose project on a host that follows. Empty where no hosts share the model.

@@ -39,6 +39,8 @@ def run(*command: str, timeout: float = PATIENCE_SECONDS) -> tuple[int, str]:
     """Return the exit status and the output of a program; 127 if it is not there, 124 if it hangs."""
     environment = {**os.environ, "LC_ALL": "C"}
     try:
+        # run_command has no limit of time, and what is asked here may hang.
+        # pylint: disable-next=ansible-bad-function
         result = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout, check=False, env=environment)
     except subprocess.TimeoutExpired:
         return 124, ""

@@ -163,6 +163,8 @@ def command(image: str, name: str, files: Path, gpus: Sequence[int]) -> list[str
 
 
 def run(docker: str, arguments: Sequence[str], entered: str, seconds: float) -> subprocess.CompletedProcess[str]:
+    # run_command has no limit of time, and a model may take for ever.
+    # pylint: disable-next=ansible-bad-function
     return subprocess.run([docker, *arguments], input=entered, capture_output=True, text=True, errors="replace", check=False, timeout=seconds)
 
 

@@ -647,20 +647,21 @@ def on_host(path: str, params: dict[str, Any]) -> str:
 
 def drafter_of(
     params: dict[str, Any], shape: _vllm_plan.Shape, files: _model_files.ModelFiles, hub: _model_files.Hub | None
-) -> tuple[_vllm_plan.Drafter | None, str]:
-    """Return what guesses tokens ahead, and a warning where its size is not known. Raises PlanError."""
+) -> tuple[_vllm_plan.Drafter | None, str, int]:
+    """Return what guesses tokens ahead, a warning where its size is not known, and the bytes that are still to be fetched. Raises PlanError."""
     draft = params["read"].draft
     if not draft.tokens or draft.method in _vllm_arguments.WITHOUT_A_DRAFT:
-        return None, ""
+        return None, "", 0
     if draft.model and draft.model != params["model"]:
         try:
             found = _model_files.find_model(on_host(draft.model, params), draft.revision, [Path(path) for path in params["directories"]], hub)
             own = _vllm_plan.read_shape(found.config, serve_unknown=True)
-            return _vllm_plan.Drafter(own.weight_bytes() if found.weight_bytes is None else found.weight_bytes, own), ""
+            weights = own.weight_bytes() if found.weight_bytes is None else found.weight_bytes
+            return _vllm_plan.Drafter(weights, own), "", found.missing_bytes
         except (PlanError, _model_files.ModelError) as error:
-            return None, f"What guesses tokens ahead is not in the plan: {error}"
+            return None, f"What guesses tokens ahead is not in the plan: {error}", 0
     heads = _vllm_weights.heads_ahead(shape.config)
-    return _vllm_plan.Drafter(files.ahead_bytes or _vllm_plan.layer_bytes(shape) * heads, heads=heads), ""
+    return _vllm_plan.Drafter(files.ahead_bytes or _vllm_plan.layer_bytes(shape) * heads, heads=heads), "", 0
 
 
 def layers_of(shape: _vllm_plan.Shape, plan: _vllm_plan.Plan, params: dict[str, Any]) -> list[dict[str, Any]]:
@@ -710,7 +711,7 @@ def make_result(params: dict[str, Any], *, check_mode: bool = False) -> dict[str
     params = params | {"gpus": given}
     shape, pending = shape_of(params, files, hub, check_mode=check_mode)
     _vllm_weights.check_allowed(shape.quantization, params["read"].quantization, deprecated=params["read"].deprecated)
-    drafter, not_counted = drafter_of(params, shape, files, hub)
+    drafter, not_counted, drafter_bytes = drafter_of(params, shape, files, hub)
     unloaded = shape
     shape, loaded = _vllm_plan.loaded_as(shape, files.weight_bytes, params["read"].quantization, params["read"].element)
     name = os.path.basename(params["model"].rstrip("/")) if params["model"].startswith("/") else params["model"]
@@ -725,7 +726,7 @@ def make_result(params: dict[str, Any], *, check_mode: bool = False) -> dict[str
         raise PlanError(f"--data-parallel-size is {copies}, and each copy takes {plan.tensor_parallel} of the {len(gpus)} GPUs; allowed is no more than fit.")
     serving = _vllm_change.read_serving(params["serving"], params["model"], plan.gpu.total_mib)
     swap = _vllm_change.plan_swap(plan, serving, host_free_mib=_vllm_host.free_mib(), timings=_vllm_change.Timings())
-    disk, no_room = disk_of(params["disk_path"], files.missing_bytes + adapter_bytes)
+    disk, no_room = disk_of(params["disk_path"], files.missing_bytes + adapter_bytes + drafter_bytes)
     memory = plan.memory
     for_model = model_arguments(plan, parsers, family, shape, params)
     blocked = swap.reason if plan.fits and swap.strategy == "none" else ""

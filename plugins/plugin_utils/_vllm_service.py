@@ -13,11 +13,12 @@ import hashlib
 import json
 import os.path
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from ansible.module_utils.parsing.convert_bool import boolean
+from ansible_collections.selfhosted.agent_stack.plugins.module_utils._model_files import own_name
 from ansible_collections.selfhosted.agent_stack.plugins.module_utils._vllm_host import SERVE
 
 from ._topology import Topology
@@ -27,6 +28,9 @@ UID = 10001
 CACHE = "/cache"
 PROGRAMS = os.path.dirname(SERVE)
 ADAPTERS = "/adapters"
+# The model that guesses tokens ahead, where it is one of the hub.
+DRAFT = "/draft"
+HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 SOCKET = "/run/vllm/api.sock"
 # Ports from `vllm_node_port` on, of which a model that several hosts share takes one.
 NODE_PORTS = 1000
@@ -66,6 +70,7 @@ class Settings:
     reasoning_parser: str
     extra_arguments: tuple[str, ...]
     lora_adapters: tuple[Mapping[str, str], ...]
+    speculative_config: Mapping[str, Any]
     sleep_mode: bool
     swap_strategy: str
     optimize_for: str
@@ -84,7 +89,18 @@ class Settings:
             return f"/models/{os.path.basename(self.model)}"
         if self.model_package:
             return f"/models/{re.sub('[^A-Za-z0-9._-]+', '--', self.model_package)}"
-        return f"/models/{directory_name(self.model, self.model_revision)}"
+        return f"/models/{own_name(self.model, self.model_revision)}"
+
+    @property
+    def draft(self) -> tuple[str, str]:
+        """Id and revision of the model of the hub that guesses tokens ahead; empty where none does, where it is the model itself or a directory.
+
+        The plan says that the server is to guess, so without one it does not.
+        """
+        model = str(self.speculative_config.get("model") or "")
+        planned = self.device == "cuda" and not self.model_package
+        fetched = planned and HUB_ID.fullmatch(model) and model != self.model
+        return (model, str(self.speculative_config.get("revision") or "")) if fetched else ("", "")
 
 
 # Variables that are named otherwise than their field.
@@ -114,13 +130,15 @@ def _read(variable: str, value: Any, kind: str) -> Any:
             return boolean(value)
         if kind == "str":
             return str(value)
+        if kind.startswith("Mapping"):
+            return dict(value.items())
         if isinstance(value, (list, tuple)) and "Mapping" in kind:
             return tuple({str(key): str(text) for key, text in entry.items()} for entry in value)
         if isinstance(value, (list, tuple)):
             return tuple(str(entry) for entry in value)
     except (AttributeError, TypeError, ValueError):
         pass
-    allowed = {"int": "a whole number", "float": "a number", "bool": "true or false"}.get(kind, "a list")
+    allowed = {"int": "a whole number", "float": "a number", "bool": "true or false", "Mapping[str, Any]": "a dictionary"}.get(kind, "a list")
     raise SettingsError(f"{variable} is {value!r}; allowed is {allowed}.")
 
 
@@ -227,13 +245,24 @@ def _model_and_arguments(settings: Settings, plan: Mapping[str, Any]) -> list[st
 def _parser_arguments(settings: Settings, plan: Mapping[str, Any]) -> list[str]:
     """On a GPU the plan says them. Without a plan nothing is known of the model but what the inventory says."""
     if "model_arguments" in plan:
-        return list(plan["model_arguments"])
+        return _with_local_draft(settings, plan["model_arguments"])
     arguments = []
     if settings.tool_call_parser not in ("", "auto"):
         arguments += ["--enable-auto-tool-choice", "--tool-call-parser", settings.tool_call_parser]
     if settings.reasoning_parser not in ("", "auto"):
         arguments += ["--reasoning-parser", settings.reasoning_parser]
     return arguments
+
+
+def _with_local_draft(settings: Settings, arguments: Sequence[str]) -> list[str]:
+    """Return arguments in which what guesses tokens ahead is a directory of the container: the server reaches no hub."""
+    config = settings.speculative_config
+    directory = DRAFT if settings.draft[0] else settings.model_path if config.get("model") == settings.model else ""
+    if not directory or "--speculative-config" not in arguments:
+        return list(arguments)
+    local = {name: value for name, value in config.items() if name != "revision"} | {"model": directory}
+    position = arguments.index("--speculative-config") + 1
+    return [*arguments[:position], json.dumps(local, sort_keys=True), *arguments[position + 1 :]]
 
 
 def _adapter_arguments(settings: Settings, plan: Mapping[str, Any]) -> list[str]:
@@ -248,12 +277,7 @@ def adapter_directory(settings: Settings, adapter: Mapping[str, str]) -> str:
     """Return where an adapter is on the host: the directory that it is, or that it is fetched into."""
     if adapter["source"].startswith("/"):
         return adapter["source"]
-    return f"{settings.data}/models/{directory_name(adapter['source'], adapter.get('revision', ''))}"
-
-
-def directory_name(source: str, revision: str) -> str:
-    """Return the directory of something of the hub. Two models, or two revisions of one, never share it."""
-    return re.sub("[^A-Za-z0-9._-]+", "--", f"{source}@{revision or 'main'}")
+    return f"{settings.data}/models/{own_name(adapter['source'], adapter.get('revision', ''))}"
 
 
 def _faster(settings: Settings, plan: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -302,6 +326,8 @@ def _volumes(settings: Settings, topology: Topology) -> list[str]:
     models = os.path.dirname(settings.model) if settings.from_path else f"{settings.data}/models"
     volumes = [f"{models}:/models:ro", f"{cache_directory(settings)}:{CACHE}"]
     volumes += [f"{adapter_directory(settings, adapter)}:{ADAPTERS}/{adapter['name']}:ro" for adapter in settings.lora_adapters]
+    if settings.draft[0]:
+        volumes.append(f"{settings.data}/models/{own_name(*settings.draft)}:{DRAFT}:ro")
     if topology.shared:
         volumes.append(f"{settings.root}/vllm/nodes:{PROGRAMS}:ro")
     elif settings.device == "cuda":
@@ -330,19 +356,25 @@ def fetch_command(settings: Settings) -> list[str]:
     return command
 
 
-def adapter_fetch_commands(settings: Settings) -> dict[str, list[str]]:
-    """Return the command that fetches each adapter of the hub, by the name of its service; one that is a directory of the host is not fetched."""
-    found = {}
-    for adapter in settings.lora_adapters:
-        if adapter["source"].startswith("/"):
-            continue
-        revision = adapter.get("revision", "")
-        directory = f"/models/{directory_name(adapter['source'], revision)}"
-        command = ["python3", "/etc/agent-stack/fetch_model.py", "--to", directory, "--hub", adapter["source"]]
-        command += ["--revision", revision] if revision else []
-        command += ["--token-file", "/run/secrets/hf_token"] if settings.hf_token else []
-        found[f"fetch-adapter-{adapter['name'].lower()}"] = command
+def more_fetch_commands(settings: Settings) -> dict[str, list[str]]:
+    """Return the commands that fetch adapters and what guesses tokens ahead from the hub, by the names of their services.
+
+    An adapter that is a directory of the host is not fetched.
+    """
+    found = {
+        f"fetch-adapter-{adapter['name'].lower()}": _hub_command(settings, adapter["source"], adapter.get("revision", ""))
+        for adapter in settings.lora_adapters
+        if not adapter["source"].startswith("/")
+    }
+    if settings.draft[0]:
+        found["fetch-draft"] = _hub_command(settings, *settings.draft)
     return found
+
+
+def _hub_command(settings: Settings, source: str, revision: str) -> list[str]:
+    command = ["python3", "/etc/agent-stack/fetch_model.py", "--to", f"/models/{own_name(source, revision)}", "--hub", source]
+    command += ["--revision", revision] if revision else []
+    return command + (["--token-file", "/run/secrets/hf_token"] if settings.hf_token else [])
 
 
 def strategy(settings: Settings, topology: Topology, plan: Mapping[str, Any]) -> str:
@@ -365,7 +397,7 @@ def describe(settings: Settings, topology: Topology, plan: Mapping[str, Any]) ->
     definition: the Compose service
     cache: the host's directory of what the server compiles
     fetch: the command that fetches the model
-    adapters: the commands that fetch adapters, by the names of their services
+    more_fetches: the commands that fetch adapters and what guesses tokens ahead, by the names of their services
     follower: name of a follower's Compose project; empty where no hosts share the model
     strategy, side_by_side_utilization, weights_mib, tool_call: options of the module vllm_swap
     """
@@ -374,7 +406,7 @@ def describe(settings: Settings, topology: Topology, plan: Mapping[str, Any]) ->
         "definition": definition(settings, topology, plan),
         "cache": cache_directory(settings),
         "fetch": fetch_command(settings),
-        "adapters": adapter_fetch_commands(settings),
+        "more_fetches": more_fetch_commands(settings),
         "follower": f"vllm-{meeting_port(settings, plan)}" if topology.shared else "",
         "strategy": strategy(settings, topology, plan),
         "side_by_side_utilization": planned if settings.swap_strategy == "auto" else 0,

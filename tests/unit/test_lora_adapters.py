@@ -173,7 +173,7 @@ def test_the_server_gets_them(plan: dict[str, Any], enabled: int) -> None:
     volumes = service["definition"]["volumes"]
     assert "/var/lib/agent-stack/models/someone--llama-sql--v1:/adapters/sql:ro" in volumes
     assert "/srv/adapters/law:/adapters/Law:ro" in volumes
-    assert service["adapters"] == {
+    assert service["more_fetches"] == {
         "fetch-adapter-sql": [
             *("python3", "/etc/agent-stack/fetch_model.py", "--to", "/models/someone--llama-sql--v1", "--hub", "someone/llama-sql"),
             *("--revision", "v1", "--token-file", "/run/secrets/hf_token"),
@@ -183,7 +183,7 @@ def test_the_server_gets_them(plan: dict[str, Any], enabled: int) -> None:
 
 def test_without_adapters_the_server_is_as_it_was() -> None:
     service = _vllm_service.describe(settings_of({"vllm_model": "Qwen/Qwen3-8B"}, "image"), topology_of("cuda-planned"), {})
-    assert service["adapters"] == {}
+    assert service["more_fetches"] == {}
     assert "--lora-modules" not in service["definition"]["command"]
 
 
@@ -195,7 +195,7 @@ def test_each_is_fetched_by_a_service_of_its_own() -> None:
     template = environment.from_string((ROLE / "templates" / "fetch.yml.j2").read_text())
     values = {"__vllm_image_reference": "image", "__vllm_uid": 10001, "__vllm_dir": "/opt/vllm", "agent_stack_data_dir": "/data"}
     services = yaml.safe_load("services:\n" + template.render(__vllm_service=service, **values))["services"]
-    assert {name: entry["entrypoint"] for name, entry in services.items()} == {"fetch": service["fetch"], **service["adapters"]}
+    assert {name: entry["entrypoint"] for name, entry in services.items()} == {"fetch": service["fetch"], **service["more_fetches"]}
     assert {json.dumps({key: value for key, value in entry.items() if key != "entrypoint"}) for entry in services.values()} == {
         json.dumps({key: value for key, value in services["fetch"].items() if key != "entrypoint"})
     }

@@ -167,3 +167,49 @@ def test_another_image_is_another_meeting_port_and_cache() -> None:
     one, other = (_vllm_service.describe(settings_of(vllm_cases.cases()["head"], image), topology_of("head"), {}) for image in ("a:1", "a:2"))
     assert one["follower"] != other["follower"]
     assert one["cache"] != other["cache"]
+
+
+DRAFT = {"method": "draft_model", "model": "someone/draft", "revision": "v1", "num_speculative_tokens": 3}
+
+
+def test_what_guesses_ahead_is_fetched_and_found_in_the_container() -> None:
+    """The server reaches no hub, so it must not be told the name that the model has there."""
+    settings = settings_of({"vllm_model": "Qwen/Qwen3-8B", "vllm_speculative_config": DRAFT, "vllm_hf_token": "secret"}, "image")
+    plan = {"model_arguments": ["--speculative-config", json.dumps(DRAFT), "--reasoning-parser", "qwen3"]}
+    service = _vllm_service.describe(settings, topology_of("cuda-planned"), plan)
+    command = service["definition"]["command"]
+    place = command.index("--speculative-config")
+    assert json.loads(command[place + 1]) == {"method": "draft_model", "model": "/draft", "num_speculative_tokens": 3}
+    assert command[place + 2 : place + 4] == ["--reasoning-parser", "qwen3"]
+    assert "/var/lib/agent-stack/models/someone--draft--v1:/draft:ro" in service["definition"]["volumes"]
+    assert service["more_fetches"] == {
+        "fetch-draft": [
+            *("python3", "/etc/agent-stack/fetch_model.py", "--to", "/models/someone--draft--v1", "--hub", "someone/draft"),
+            *("--revision", "v1", "--token-file", "/run/secrets/hf_token"),
+        ]
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "more", "model"),
+    [
+        ({"method": "ngram", "num_speculative_tokens": 2}, {}, None),
+        ({"method": "mtp", "model": "Qwen/Qwen3-8B", "num_speculative_tokens": 1}, {}, "/models/Qwen--Qwen3-8B--main"),
+        ({"model": "/models/draft", "num_speculative_tokens": 1}, {}, "/models/draft"),
+        ({"model": "/models/draft", "num_speculative_tokens": 1}, {"vllm_model": "/srv/models/first"}, "/models/draft"),
+    ],
+    ids=["no model", "the served model's own head", "a directory", "a directory beside a model that is one"],
+)
+def test_what_else_guesses_ahead_is_not_fetched(config: dict[str, Any], more: dict[str, Any], model: str | None) -> None:
+    settings = settings_of({"vllm_model": "Qwen/Qwen3-8B", "vllm_speculative_config": config} | more, "image")
+    plan = {"model_arguments": ["--speculative-config", json.dumps(config)]}
+    service = _vllm_service.describe(settings, topology_of("cuda-planned"), plan)
+    command = service["definition"]["command"]
+    assert json.loads(command[command.index("--speculative-config") + 1]).get("model") == model
+    assert not service["more_fetches"]
+    assert not [volume for volume in service["definition"]["volumes"] if volume.endswith(":/draft:ro")]
+
+
+def test_a_draft_that_is_no_dictionary_is_refused() -> None:
+    with pytest.raises(_vllm_service.SettingsError, match=r"vllm_speculative_config is 'mtp'; allowed is a dictionary\."):
+        settings_of({"vllm_model": "Qwen/Qwen3-8B", "vllm_speculative_config": "mtp"}, "image")
