@@ -12,4 +12,5 @@ def test_a_few_kills_lose_and_double_nothing() -> None:
         "broken": [],
     }
     assert report["acknowledged"] >= 20
+    assert min(report[name] for name in ("approvals", "crons", "copies", "histories")) >= 1
     assert (report["worker_kills"], report["postgres_kills"]) == (5, 2)

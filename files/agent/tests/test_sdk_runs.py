@@ -404,7 +404,8 @@ def test_cancel(client: SyncLangGraphClient, thread: str) -> None:
 def test_on_disconnect(agent: Agent, client: SyncLangGraphClient, thread: str, wish: Any, call: str) -> None:
     async def hang_up() -> None:
         async with get_client(url=agent.url, api_key=None, headers=headers()) as other:
-            work: Any = message("[[delay 1.5]] slow")
+            # What is to be cancelled takes so long that a machine with other work notices in time who left.
+            work: Any = message({"cancel": "[[delay 8]] slow", "continue": "[[delay 1.5]] slow"}[wish])
             if call == "wait":
                 task = asyncio.create_task(other.runs.wait(thread, "agent", input=work, on_disconnect=wish))
                 await asyncio.sleep(0.5)
@@ -421,7 +422,7 @@ def test_on_disconnect(agent: Agent, client: SyncLangGraphClient, thread: str, w
 
 
 def test_cancel_on_disconnect_of_a_joined_stream(client: SyncLangGraphClient, thread: str) -> None:
-    run = client.runs.create(thread, "agent", input=message("[[delay 2]] slow"))
+    run = client.runs.create(thread, "agent", input=message("[[delay 8]] slow"))
     stream = client.runs.join_stream(thread, run["run_id"], cancel_on_disconnect=True)
     next(iter(stream))
     stream.close()  # type: ignore[attr-defined]  # it is a generator

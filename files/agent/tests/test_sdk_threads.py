@@ -371,3 +371,41 @@ def test_what_is_not_supported_is_refused(client: SyncLangGraphClient) -> None:
             attempt()
         assert refused.value.status_code in (404, 405, 422), word
         assert word.lower() in refused.value.message.lower(), refused.value.message
+
+
+# What only the client in JavaScript sends
+
+
+def test_a_place_as_a_config(client: SyncLangGraphClient) -> None:
+    name = client.threads.create()["thread_id"]
+    say(client, name, "one")
+    place = client.threads.get_state(name)["checkpoint"]
+    states = client.http.client.post(f"/threads/{name}/history", json={"before": {"configurable": place}, "limit": 10}).json()
+    assert states == client.http.client.post(f"/threads/{name}/history", json={"before": place, "limit": 10}).json()
+    assert states
+    assert place not in [state["checkpoint"] for state in states]
+    refused = client.http.client.post(f"/threads/{name}/history", json={"before": {"configurable": {"a": 1}}})
+    assert refused.status_code == 422
+
+
+def test_metadata_is_patched_by_way_of_the_state(client: SyncLangGraphClient, stranger: SyncLangGraphClient) -> None:
+    name = client.threads.create(metadata={"a": 1})["thread_id"]
+    assert client.http.client.patch(f"/threads/{name}/state", json={"metadata": {"b": 2}}).status_code == 204
+    assert client.threads.get(name)["metadata"] == {"a": 1, "b": 2}
+    assert stranger.http.client.patch(f"/threads/{name}/state", json={"metadata": {"b": 2}}).status_code == 404
+    assert client.http.client.patch(f"/threads/{name}/state", json={}).status_code == 422
+
+
+def test_a_batch_in_the_names_of_javascript(client: SyncLangGraphClient) -> None:
+    name = client.threads.create()["thread_id"]
+    text = {"messages": "hello [[delay 1]]"}
+    batch = [
+        {"assistantId": "agent", "assistant_id": "agent", "threadId": name, "input": text, "multitaskStrategy": "enqueue", "streamMode": "values"},
+        {"assistantId": "agent", "assistant_id": "agent", "input": text, "onCompletion": "keep"},
+    ]
+    first, second = client.http.client.post("/runs/batch", json=batch).json()
+    assert first["thread_id"] == name
+    client.runs.join(second["thread_id"], second["run_id"])
+    assert client.threads.get(second["thread_id"])["status"] == "idle"
+    refused = client.http.client.post("/runs/batch", json=[{"assistantId": "agent", "input": text, "interuptBefore": ["tools"]}])
+    assert refused.status_code == 422

@@ -3,10 +3,11 @@
     python tests/drills/kill_drill.py [--kills 200] [--postgres-kills 50] [--clients 8]
 
 As Jepsen does it: each client writes down what it is about to ask, and what it was told, and repeats what it was told
-nothing about, with the same turn id. At the end the threads themselves are read. The last line is JSON:
+nothing about, with the same turn id. Beside them one client answers approvals, one has crons fall due, and one copies
+threads and reads long histories. At the end the threads themselves are read. The last line is JSON:
 
-lost      a turn that was acknowledged and is not in its thread, with its answer
-doubled   a turn that is in its thread more than once
+lost      a turn that was acknowledged and is not in its thread, with its answer; a time of a cron without its run
+doubled   a turn that is in its thread more than once, a time of a cron with two runs, or an approved call that ran twice
 wedged    a thread whose next turn fails, or a turn that was never acknowledged however often it was repeated
 broken    a thread that is no sequence of questions and answers, or an answer that was given without an earlier turn
 """
@@ -29,6 +30,7 @@ from typing import Any
 from uuid import uuid4
 
 import httpx
+import psycopg
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -36,6 +38,7 @@ from servers import Agent, Model, Postgres, Redis, environment, migrate
 
 TURNS_A_THREAD = 30
 THREADS = 12
+CRONS = 4
 # How long a turn is repeated before it counts as never acknowledged.
 PATIENCE_SECONDS = 60
 KINDS = (
@@ -111,6 +114,138 @@ class Client(threading.Thread):
             time.sleep(0.2)
 
 
+class Worker(threading.Thread):
+    """Does something again and again, whatever fails."""
+
+    def __init__(self, service: Agent, postgres: Postgres, seed: int) -> None:
+        super().__init__()
+        self.stopping = threading.Event()
+        self.postgres = postgres
+        self.random = random.Random(seed)
+        self.client = httpx.Client(base_url=service.url, headers=service.client.headers, timeout=25)
+
+    def run(self) -> None:
+        while not self.stopping.is_set():
+            with contextlib.suppress(httpx.TransportError, psycopg.Error):
+                self.once()
+            self.stopping.wait(0.1)
+        self.client.close()
+
+    def once(self) -> None:
+        raise NotImplementedError
+
+    def insist(self, path: str, body: dict[str, Any], key: str) -> dict[str, Any] | None:
+        """The answer to a request that is repeated with the same key, None where it never came."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while time.monotonic() < deadline:
+            with contextlib.suppress(httpx.TransportError, ValueError):
+                answer = self.client.post(path, json=body, headers={"Idempotency-Key": key})
+                if answer.status_code == 200 and "__error__" not in (told := answer.json()):
+                    return told
+            time.sleep(0.2)
+        return None
+
+
+class Approver(Worker):
+    """Begins turns whose tool waits for approval, and approves it."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.threads: list[str] = []
+        self.wedged: list[str] = []
+
+    def once(self) -> None:
+        thread, key = f"approval-{uuid4().hex}", uuid4().hex
+        text = {"messages": f"what time is it? {key} [[tool current_time {{}}]]"}
+        path = f"/threads/{thread}/runs/wait"
+        told = self.insist(path, {"assistant_id": "agent", "input": text, "if_not_exists": "create"}, key)
+        if told is not None:
+            told = self.insist(path, {"assistant_id": "agent", "command": {"resume": {"approve": True}}}, f"{key}-yes")
+        (self.threads if told is not None else self.wedged).append(thread)
+
+    def check(self) -> tuple[int, list[str]]:
+        """How many calls ran twice, and what is wrong with the threads."""
+        doubled, broken = 0, []
+        for thread in self.threads:
+            messages = self.state_of(thread)
+            results = [message for message in messages if message["type"] == "tool"]
+            doubled += len(results) > 1
+            texts, problem = questions(messages)
+            if problem or len(texts) != 1 or not results:
+                broken.append(f"{thread}: {problem or 'not one question, or no result'}")
+        return doubled, broken
+
+    def state_of(self, thread: str) -> list[dict[str, Any]]:
+        with httpx.Client(base_url=self.client.base_url, headers=self.client.headers, timeout=25) as client:
+            messages: list[dict[str, Any]] = client.get(f"/threads/{thread}/state").json()["values"]["messages"]
+        return messages
+
+
+class Clockwork(Worker):
+    """Has crons fall due: each time that was set is one run."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        # How often each fell due; and how often more it may have, where Postgres was killed before it could say.
+        self.due: Counter[str] = Counter()
+        self.perhaps: Counter[str] = Counter()
+        body = {"assistant_id": "agent", "schedule": "@yearly", "on_run_completed": "keep", "input": {"messages": "report"}}
+        self.crons = [self.client.post("/runs/crons", json=body).json()["cron_id"] for _ in range(CRONS)]
+
+    def once(self) -> None:
+        cron = self.random.choice(self.crons)
+        self.perhaps[cron] += 1
+        # Only one that is not due already: its time is not used up yet.
+        set_due = "UPDATE crons SET next_at = now() - interval '1 second' WHERE cron_id = %s AND next_at > now() RETURNING 1"
+        if self.postgres.query(set_due, cron):
+            self.due[cron] += 1
+        self.perhaps[cron] -= 1
+
+    def check(self) -> tuple[int, int]:
+        """Times without a run that succeeded, and runs without a time."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        waiting = (
+            "SELECT (SELECT count(*) FROM crons WHERE next_at <= now())"
+            " + (SELECT count(*) FROM runs WHERE options->'metadata'->>'cron_id' IS NOT NULL AND status IN ('pending', 'running'))"
+        )
+        while self.postgres.query(waiting) != [(0,)] and time.monotonic() < deadline:
+            time.sleep(0.5)
+        ran = Counter(dict(self.postgres.query(
+            "SELECT options->'metadata'->>'cron_id', count(*) FROM runs WHERE options->'metadata'->>'cron_id' IS NOT NULL AND status = 'success' GROUP BY 1"
+        )))  # fmt: skip
+        lost = sum(max(0, self.due[cron] - ran[cron]) for cron in self.crons)
+        return lost, sum(max(0, ran[cron] - self.due[cron] - self.perhaps[cron]) for cron in self.crons)
+
+
+class Reader(Worker):
+    """Copies threads of the load, and reads the history of a long one and makes it longer."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.copies: list[str] = []
+        self.histories = 0
+
+    def once(self) -> None:
+        copy = self.client.post(f"/threads/drill-0-{self.random.randrange(THREADS)}/copy")
+        if copy.status_code == 200:
+            self.copies.append(copy.json()["thread_id"])
+        more = {"values": {"messages": [{"role": "user", "content": "x" * 8_000}, {"role": "assistant", "content": "noted"}]}, "as_node": "model"}
+        self.client.post("/threads", json={"thread_id": "long", "if_exists": "do_nothing"})
+        self.client.post("/threads/long/state", json=more)
+        history = self.client.post("/threads/long/history", json={"limit": 1000})
+        self.histories += history.status_code == 200 and bool(history.json())
+
+    def check(self) -> list[str]:
+        broken = []
+        with httpx.Client(base_url=self.client.base_url, headers=self.client.headers, timeout=25) as client:
+            for thread in self.copies:
+                problem = questions(client.get(f"/threads/{thread}/state").json()["values"].get("messages", []))[1]
+                # A copy of a turn that is being worked on has its question only.
+                if problem and problem != "the last question has no answer":
+                    broken.append(f"copy {thread}: {problem}")
+        return broken
+
+
 class Drill:
     def __init__(self, seed: int, clients: int) -> None:
         self._random = random.Random(seed)
@@ -126,7 +261,8 @@ class Drill:
         with self._servers() as (postgres, service):
             journal = Journal(postgres.directory / "journal")
             clients = [Client(service, journal, self._seed + number) for number in range(self._clients)]
-            for client in clients:
+            others = (Approver(service, postgres, self._seed), Clockwork(service, postgres, self._seed), Reader(service, postgres, self._seed))
+            for client in (*clients, *others):
                 client.start()
             plan = ["worker"] * kills + ["postgres"] * postgres_kills
             self._random.shuffle(plan)
@@ -143,11 +279,12 @@ class Drill:
                 self.gaps.append(time.monotonic() - killed)
                 if number % 10 == 0:
                     print(f"{number} of {len(plan)} kills, {dict(journal.counts)}", flush=True)
-            for client in clients:
+            for client in (*clients, *others):
                 client.stopping.set()
-            for client in clients:
+            for client in (*clients, *others):
                 client.join()
             report = check(service, postgres, journal)
+            add_others(report, *others)
         report |= {
             "worker_kills": self.worker_kills,
             "postgres_kills": self.postgres_kills,
@@ -164,7 +301,7 @@ class Drill:
                 stack.callback(server.remove)
             migrated = migrate(environment(postgres, redis, model, postgres.directory))
             assert migrated.returncode == 0, migrated.stderr
-            service = Agent(postgres, redis, model, workers=2, AGENT_TURN_TIMEOUT_SECONDS="20")
+            service = Agent(postgres, redis, model, workers=2, AGENT_TURN_TIMEOUT_SECONDS="20", AGENT_TOOLS_APPROVAL="current_time", AGENT_STORAGE_MIB="0")
             stack.callback(service.remove)
             service.start()
             yield postgres, service
@@ -217,6 +354,18 @@ def check(service: Agent, postgres: Postgres, journal: Journal) -> dict[str, Any
         "wedged": len(wedged),
         "broken": broken[:5],
     }
+
+
+def add_others(report: dict[str, Any], approver: Approver, clockwork: Clockwork, reader: Reader) -> None:
+    """Count what went wrong beside the turns."""
+    ran_twice, broken = approver.check()
+    lost, doubled = clockwork.check()
+    report["lost"] += lost
+    report["doubled"] += doubled + ran_twice
+    report["wedged"] += len(approver.wedged)
+    report["broken"] = [*report["broken"], *broken, *reader.check()][:5]
+    counts = {"approvals": len(approver.threads), "crons": clockwork.due.total(), "copies": len(reader.copies), "histories": reader.histories}
+    report.update(counts)
 
 
 def questions(messages: list[dict[str, Any]]) -> tuple[list[str], str | None]:

@@ -11,7 +11,7 @@ from agent.access.auth import Limits, Principal
 from agent.api.answers import Json, dump, pick
 from agent.api.assistants import is_deployed
 from agent.api.requests import JsonRoute, owner
-from agent.api.runs import ALL_MODES, messages, modes_of, run_options
+from agent.api.runs import ALL_MODES, modes_of, run_options, stateless_messages
 from agent.api.schemas import (
     ASSISTANT_ID,
     Cron,
@@ -55,7 +55,7 @@ async def fire(worker: Services, due: Due) -> None:
             return
         asked = CronRun.model_validate(cron.payload)
         options = await _options(worker, cron, asked)
-        given = messages(worker, asked.input.messages)
+        given = stateless_messages(worker, asked.input)
         await worker.quota.admit(cron.owner, ROW_BYTES)
         await worker.limiter.admit(principal, run_id)
         begun = await worker.engine.fire(due, {"messages": given}, options, run_id) is not None
@@ -104,7 +104,7 @@ async def _create(request: Request, thread_id: str | None, asked: CronCreate, on
     _check_end(asked.end_time)
     # What could never run is refused now.
     await run_options(worker, caller, asked, (), resumable=False)
-    messages(worker, asked.input.messages)
+    stateless_messages(worker, asked.input)
     payload = _payload(asked)
     await worker.quota.admit(caller, ROW_BYTES + len(dump(payload)))
     try:
@@ -155,7 +155,7 @@ async def update_cron(request: Request, cron_id: CronPath, asked: CronUpdate) ->
         raise InvalidRequest("assistant_id: this cannot be changed. Create another cron.")
     changed = CronRun.model_validate({**cron.payload, **payload})
     await run_options(worker, caller, changed, (), resumable=False)
-    messages(worker, changed.input.messages)
+    stateless_messages(worker, changed.input)
     await worker.quota.admit(caller, len(dump(payload)))
     try:
         own = {name: getattr(asked, name) for name in OWN & asked.model_fields_set}

@@ -11,19 +11,20 @@ from uuid import UUID
 
 import psycopg
 from fastapi import APIRouter, Body, Header, Query, Request, Response
+from langchain_core.messages import AIMessage
 
 from agent.access.in_flight import LARGE_BYTES
 from agent.api import streams
 from agent.api.admission import canceller, count, submit
 from agent.api.answers import EVENTS, Json, Live, dump, event_stream, late_json, pick, sse
 from agent.api.assistants import options_of
+from agent.api.messages import given_messages, open_results
 from agent.api.requests import JsonRoute, TurnId, owner
 from agent.api.schemas import (
     ASSISTANT_ID,
     BatchRun,
     CancelAction,
     Node,
-    RoleMessage,
     Run,
     RunBase,
     RunCreate,
@@ -34,12 +35,9 @@ from agent.api.schemas import (
     StatelessRunCreate,
     StreamMode,
     ThreadPath,
-    TypeMessage,
-    UserMessage,
-    UserMessages,
 )
 from agent.api.schemas import RunInput as Input
-from agent.api.threads import PAGE, Reading, check_checkpoint, config_of, listed, text_of
+from agent.api.threads import PAGE, Reading, check_checkpoint, config_of, listed
 from agent.errors import InvalidRequest, MessageExists, NotFound, NothingWaits, ServiceError, StorageUnavailable
 from agent.runs.records import Run as StoredRun
 from agent.runs.records import RunInput, RunOptions, describe_failure
@@ -52,6 +50,7 @@ ALL_MODES: tuple[StreamMode, ...] = ("values", "updates", "messages-tuple", "cus
 # Above what any service allows. A client may write a number that no column holds.
 MAX_STEPS = 10_000
 MAX_BATCH = 20
+NO_CALL = "messages: there is no tool call that this is the result of."
 # How often a thread is asked for new runs while its stream is followed.
 JOINED_SECONDS = 1.0
 NEW: dict[int | str, dict[str, Any]] = {404: {}, 409: {}, 429: {}}
@@ -308,7 +307,7 @@ async def _submit(
     if command:
         run_input = {"resume": command.resume}
     elif isinstance(asked.input, Input):
-        run_input = {"messages": messages(services(request), asked.input.messages)}
+        run_input = {"messages": given_messages(asked.input.messages, services(request).settings.max_message_chars)}
     if turn_id is None:  # or it may be a repetition, which was accepted already
         await _check_state(request, thread_id, run_input, checkpoint_id)
     return await submit(
@@ -336,7 +335,7 @@ async def _submit_stateless(
     return await submit(
         request,
         None,
-        {"messages": messages(services(request), given.messages)},
+        {"messages": stateless_messages(services(request), given)},
         # There will be no thread to see the values in.
         await run_options(services(request), owner(request), asked, (*modes, "values"), resumable=resumable, on_completion=asked.on_completion),
         turn_id=turn_id,
@@ -374,12 +373,13 @@ async def _check_state(request: Request, thread_id: str, run_input: RunInput, ch
     given: Mapping[str, Any] = run_input or {}
     resumes = "resume" in given
     ids = {message["id"] for message in given.get("messages", ()) if "id" in message}
-    if not (resumes or ids or checkpoint_id or run_input is None):
+    results = open_results(given.get("messages", ()))
+    if not (resumes or ids or results or checkpoint_id or run_input is None):
         return
     try:
         thread = await services(request).threads.get(owner(request), thread_id)
     except NotFound:
-        if resumes or checkpoint_id:
+        if resumes or checkpoint_id or results:
             raise
         return
     state = await services(request).graph.aget_state(config_of(thread_id, checkpoint_id))
@@ -394,31 +394,24 @@ async def _check_state(request: Request, thread_id: str, run_input: RunInput, ch
         named = answer.keys() <= {waiting.id for waiting in state.interrupts} if isinstance(answer, dict) and answer else False
         for each in answer.values() if named else [answer]:
             check_answer(each)
+    calls = {call["id"] for message in state.values.get("messages", ()) if isinstance(message, AIMessage) for call in message.tool_calls}
+    if results - calls:
+        raise InvalidRequest(NO_CALL)
     if ids & {message.id for message in state.values.get("messages", ())}:
         # It would take that message's place, and leave no new one to answer.
         raise MessageExists
 
 
-def _is_approval(question: Any) -> bool:
-    return isinstance(question, dict) and question.get("type") == "approval"
-
-
-def messages(worker: Services, given: UserMessages) -> list[dict[str, Any]]:
-    """The messages as the engine takes them. Raises InvalidRequest where one is too long."""
-    longest: int = worker.settings.max_message_chars
-    listed = [_message(message) for message in (given if isinstance(given, list) else [given])]
-    if any(len(message["content"]) > longest for message in listed):
-        raise InvalidRequest(f"messages: each must have at most {longest} characters.")
+def stateless_messages(worker: Services, given: Input) -> list[dict[str, Any]]:
+    """The messages of a run whose thread has none. Raises InvalidRequest."""
+    listed = given_messages(given.messages, worker.settings.max_message_chars)
+    if open_results(listed):
+        raise InvalidRequest(NO_CALL)
     return listed
 
 
-def _message(message: UserMessage) -> dict[str, Any]:
-    match message:
-        case RoleMessage() | TypeMessage():
-            plain = {"role": "user", "content": text_of(message.content)}
-            return plain | ({"id": message.id} if message.id else {})
-        case _:
-            return {"role": "user", "content": message}
+def _is_approval(question: Any) -> bool:
+    return isinstance(question, dict) and question.get("type") == "approval"
 
 
 def modes_of(asked: RunBase) -> tuple[StreamMode, ...]:

@@ -19,6 +19,7 @@ from pydantic import (
     WithJsonSchema,
     model_validator,
 )
+from pydantic.alias_generators import to_camel
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
@@ -120,49 +121,123 @@ Text = Annotated[str, StringConstraints(pattern=NOT_BLANK)]
 MessageId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.:-]{1,64}$")]
 
 
-class TextBlock(Body):
+class Said(Body):
+    """A message, or a part of one. What a client keeps with it and nobody needs is ignored: it may come from a thread's state."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, json_schema_extra={"additionalProperties": True})
+
+
+class TextBlock(Said):
     type: Literal["text"]
     text: Text
 
 
+class AnyTextBlock(Said):
+    type: Literal["text"]
+    text: str
+
+
 Content = Annotated[
     Text | Annotated[list[TextBlock], Field(min_length=1)],
-    Field(description="Text, not longer than the service's AGENT_MAX_MESSAGE_CHARS."),
+    Field(description="Text. A user's is not longer than the service's AGENT_MAX_MESSAGE_CHARS."),
 ]
+# What was said before may be empty.
+AnyContent = str | list[AnyTextBlock]
 Empty = Annotated[dict[str, Any], Field(max_length=0)]
+CallId = Annotated[str, StringConstraints(pattern=r"^[\x21-\x7e]{1,128}$")]
+ToolName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
 
 
-class RoleMessage(Body):
+class Message(Said):
+    id: MessageId | None = None
+
+
+class UserSaid(Message):
+    content: Content
+
+
+class RoleMessage(UserSaid):
     """A user's message as OpenAI's API writes it."""
 
     role: Literal["user", "human"]
-    content: Content
-    id: MessageId | None = None
+    type: None = None
 
 
-class TypeMessage(Body):
+class TypeMessage(UserSaid):
     """A user's message as LangChain writes it."""
 
     type: Literal["user", "human"]
+    role: None = None
+
+
+class Instruction(Message):
+    """Shown to the model in its place, as text of the user's: the agent's own instructions are the operator's."""
+
     content: Content
-    id: MessageId | None = None
-    name: None = None
-    additional_kwargs: Empty | None = None
-    response_metadata: Empty | None = None
 
 
-class RoleAnswer(Body):
-    """An answer put into a thread by hand."""
+class RoleInstruction(Instruction):
+    role: Literal["system", "developer"]
+    type: None = None
 
+
+class TypeInstruction(Instruction):
+    type: Literal["system", "developer"]
+    role: None = None
+
+
+class Call(Said):
+    """A call as LangChain writes it."""
+
+    id: CallId
+    name: ToolName
+    args: dict[str, Any]
+
+
+class CalledFunction(Said):
+    name: ToolName
+    arguments: Annotated[str, Field(description="A JSON object, or nothing.")] = ""
+
+
+class FunctionCall(Said):
+    """A call as OpenAI's API writes it."""
+
+    id: CallId
+    function: CalledFunction
+
+
+class Answer(Message):
+    content: AnyContent = ""
+    tool_calls: list[Call | FunctionCall] = []
+
+
+class RoleAnswer(Answer):
     role: Literal["assistant", "ai"]
-    content: Content
-    id: MessageId | None = None
+    type: None = None
 
 
-class TypeAnswer(Body):
-    type: Literal["assistant", "ai"]
-    content: Content
-    id: MessageId | None = None
+class TypeAnswer(Answer):
+    type: Literal["assistant", "ai", "AIMessageChunk"]
+    role: None = None
+
+
+class Result(Message):
+    """What came of a call."""
+
+    tool_call_id: CallId
+    content: AnyContent = ""
+    name: ToolName | None = None
+    status: Literal["success", "error"] = "success"
+
+
+class RoleResult(Result):
+    role: Literal["tool"]
+    type: None = None
+
+
+class TypeResult(Result):
+    type: Literal["tool"]
+    role: None = None
 
 
 class Removal(Body):
@@ -172,9 +247,9 @@ class Removal(Body):
     id: MessageId
 
 
-UserMessage = Text | RoleMessage | TypeMessage
-UserMessages = UserMessage | Annotated[list[UserMessage], Field(min_length=1)]
-WrittenMessage = UserMessage | RoleAnswer | TypeAnswer | Removal
+GivenMessage = Text | RoleMessage | TypeMessage | RoleInstruction | TypeInstruction | RoleAnswer | TypeAnswer | RoleResult | TypeResult
+GivenMessages = GivenMessage | Annotated[list[GivenMessage], Field(min_length=1)]
+WrittenMessage = GivenMessage | Removal
 WrittenMessages = WrittenMessage | Annotated[list[WrittenMessage], Field(min_length=1)]
 
 
@@ -300,6 +375,10 @@ class ThreadUpdate(Search):
     ttl: Absent = None
 
 
+class StatePatch(Search):
+    metadata: Annotated[dict[str, Any], Field(description="Merged into what is there.")]
+
+
 class ThreadSearch(Search):
     metadata: Annotated[dict[str, Any], Field(description="What a thread's metadata must contain.")] | None = None
     ids: Annotated[list[ThreadId], Field(max_length=100)] | None = None
@@ -373,9 +452,14 @@ class StateUpdated(BaseModel):
     checkpoint: CheckpointAnswer
 
 
+def _place(value: Any) -> Any:
+    """LangGraph's client in JavaScript writes a place as a config."""
+    return value["configurable"] if isinstance(value, dict) and value.keys() == {"configurable"} else value
+
+
 class History(Search):
     limit: Annotated[int, Field(ge=1, le=1000), WHOLE] = 10
-    before: Uuid | Checkpoint | None = None
+    before: Annotated[Uuid | Checkpoint | None, BeforeValidator(_place)] = None
     metadata: Metadata | None = None
     checkpoint: Checkpoint | None = None
     select: list[StateField] | None = None
@@ -406,7 +490,10 @@ class ThreadState(Part):
 
 
 class RunInput(Body):
-    messages: UserMessages
+    messages: Annotated[
+        GivenMessages,
+        Field(description="New messages, the last one a user's or a tool's result; instructions may follow. Each call has its result."),
+    ]
 
 
 class Command(Body):
@@ -500,7 +587,15 @@ class BatchRun(RunCreate):
     """A run of a batch, on a thread or on one of its own."""
 
     thread_id: ThreadId | None = None
-    assistantId: Annotated[str, Field(description="LangGraph's client in JavaScript sends the name in both forms.")] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_null(cls, value: Any) -> Any:
+        """LangGraph's client in JavaScript sends the names of a batch as JavaScript writes them, and assistant_id in both forms."""
+        if not isinstance(value, dict):
+            return value
+        names = {to_camel(name): name for name in cls.model_fields}
+        return {names.get(name, name): inner for name, inner in value.items() if inner is not None}
 
 
 class ThreadPrune(Body):

@@ -7,7 +7,6 @@ from types import TracebackType
 from typing import Annotated, Any, Self, TypeVar
 
 from fastapi import APIRouter, Header, Query, Request, Response
-from langchain_core.messages import AIMessage, AnyMessage, HumanMessage, RemoveMessage
 from langchain_core.runnables import RunnableConfig
 from langgraph.errors import InvalidUpdateError
 from langgraph.types import StateSnapshot
@@ -15,6 +14,7 @@ from langgraph.types import StateSnapshot
 from agent.access.in_flight import LARGE_BYTES
 from agent.api.admission import count
 from agent.api.answers import Json, Weighed, dump, pick
+from agent.api.messages import written
 from agent.api.requests import JsonRoute, owner
 from agent.api.schemas import (
     ASSISTANT_ID,
@@ -23,15 +23,11 @@ from agent.api.schemas import (
     CheckpointPath,
     History,
     Pruned,
-    Removal,
-    RoleAnswer,
-    RoleMessage,
     StateAt,
     StateField,
+    StatePatch,
     StateUpdate,
     StateUpdated,
-    StateValues,
-    TextBlock,
     Thread,
     ThreadCount,
     ThreadCreate,
@@ -40,9 +36,6 @@ from agent.api.schemas import (
     ThreadSearch,
     ThreadState,
     ThreadUpdate,
-    TypeAnswer,
-    TypeMessage,
-    WrittenMessage,
 )
 from agent.errors import MIB, InvalidRequest, NotFound, ServiceError
 from agent.runs.threads import Thread as StoredThread
@@ -192,12 +185,19 @@ async def update_state(request: Request, thread_id: ThreadPath, asked: StateUpda
     if checkpoint_id and not await services(request).threads.checkpoints(thread_id, 1, at=checkpoint_id):
         raise NotFound("There is no such checkpoint.")
     try:
-        written = await services(request).engine.update_state(owner(request), thread_id, _values(asked.values), asked.as_node, checkpoint_id)
+        place = await services(request).engine.update_state(owner(request), thread_id, written(asked.values), asked.as_node, checkpoint_id)
     except InvalidUpdateError:
         raise StateConflict("As the thread stands it is not clear whose step this is: give as_node.") from None
     except (InvalidRequest, LookupError):  # such as a message to remove that is not there
         raise StateConflict from None
-    return Json({"checkpoint": checkpoint(written)})
+    return Json({"checkpoint": checkpoint(place)})
+
+
+@router.patch("/{thread_id}/state", status_code=204, responses={403: {}, 404: {}})
+async def patch_state(request: Request, thread_id: ThreadPath, asked: StatePatch) -> Response:
+    """Change the thread's metadata, as PATCH of the thread does, which replaces this."""
+    await services(request).threads.update(owner(request), thread_id, _own(asked.metadata))
+    return Response(status_code=204)
 
 
 @router.post("/{thread_id}/history", response_model=list[ThreadState], responses={404: {}, 429: {}})
@@ -391,26 +391,3 @@ def _filter(metadata: Mapping[str, Any] | None) -> dict[str, Any] | None:
         if wanted.pop(name, ours) not in OUR_METADATA.values():
             return None
     return wanted
-
-
-def _values(values: StateValues | None) -> dict[str, Any] | None:
-    if values is None:
-        return None
-    given = values.messages if isinstance(values.messages, list) else [values.messages]
-    return {"messages": [_written(message) for message in given]}
-
-
-def _written(message: WrittenMessage) -> AnyMessage | RemoveMessage:
-    match message:
-        case str():
-            return HumanMessage(message)
-        case Removal():
-            return RemoveMessage(id=message.id)
-        case RoleAnswer() | TypeAnswer():
-            return AIMessage(text_of(message.content), id=message.id)
-        case RoleMessage() | TypeMessage():
-            return HumanMessage(text_of(message.content), id=message.id)
-
-
-def text_of(content: str | list[TextBlock]) -> str:
-    return content if isinstance(content, str) else "".join(block.text for block in content)

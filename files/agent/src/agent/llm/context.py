@@ -6,8 +6,9 @@ that alone is too much, its tool results are shortened, the longest first.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
-from langchain_core.messages import AIMessage, AnyMessage, HumanMessage, ToolMessage
+from langchain_core.messages import AIMessage, AnyMessage, HumanMessage, SystemMessage, ToolMessage
 
 from agent.tokens import BYTES_PER_TOKEN, TOKENS_PER_MESSAGE, count
 
@@ -25,6 +26,40 @@ def alternating(messages: Sequence[AnyMessage]) -> list[AnyMessage]:
             shown.append(AIMessage(NO_ANSWER))
         shown.append(message)
     return shown
+
+
+def instructed(messages: Sequence[AnyMessage]) -> list[AnyMessage]:
+    """Without system messages: their text stands in the user's message that follows, or else in the one before, or else in one of its own.
+
+    Many models take a system message at the start only, and that is the operator's.
+    """
+    shown: list[AnyMessage] = []
+    texts: list[str] = []
+    for message in messages:
+        if isinstance(message, SystemMessage):
+            texts.append(message.text)
+            continue
+        if texts and isinstance(message, HumanMessage):
+            message = _with_text("\n\n".join(texts), message)
+            texts = []
+        elif texts and not isinstance(message, ToolMessage):  # a result must follow its call
+            shown.append(HumanMessage("\n\n".join(texts)))
+            texts = []
+        shown.append(message)
+    if texts and shown and isinstance(shown[-1], HumanMessage):
+        shown[-1] = _with_text("\n\n".join(texts), shown[-1], after=True)
+    elif texts:
+        shown.append(HumanMessage("\n\n".join(texts)))
+    return shown
+
+
+def _with_text(text: str, message: HumanMessage, *, after: bool = False) -> HumanMessage:
+    if isinstance(message.content, str):
+        content: Any = f"{message.content}\n\n{text}" if after else f"{text}\n\n{message.content}"
+    else:
+        part = {"type": "text", "text": text}
+        content = [*message.content, part] if after else [part, *message.content]
+    return message.model_copy(update={"content": content})
 
 
 def turns(messages: Sequence[AnyMessage]) -> list[Sequence[AnyMessage]]:

@@ -135,7 +135,7 @@ class Steps:
     def _prompt(self, messages: Sequence[AnyMessage], context_tokens: int, own: str | None) -> list[AnyMessage]:
         fixed = self._system_tokens + self._toolbox.tokens + self._settings.max_tokens + (count_text(own) if own else 0)
         # Never nothing: what is refused for its length is told to the client as such.
-        fitting, left_out = context.fit(messages, max(context_tokens - fixed, context.SHORTEST_RESULT_TOKENS))
+        fitting, left_out = context.fit(context.instructed(messages), max(context_tokens - fixed, context.SHORTEST_RESULT_TOKENS))
         prompt = f"{self._settings.system_prompt}\n\n{own}" if own else self._settings.system_prompt
         if left_out:
             prompt = f"{prompt}\n\n{context.LEFT_OUT}"

@@ -145,8 +145,7 @@ class Attempt:
                     raise InvalidRequest("The thread waits for no answer.")
                 return Command(resume=answer)
             case {"messages": given}:
-                if self._run.options.client_tools:
-                    _check_results(given, stored)
+                _check_results(given, stored)
                 return {"messages": self._messages(given, stored, waits=waits)}
         raise InvalidRequest("The input must have messages or an answer.")
 
