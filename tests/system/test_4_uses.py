@@ -121,7 +121,8 @@ def test_a_plan_makes_one_client_faster_where_that_is_wanted(tmp_path: Path, on_
     plan = {"model_arguments": [], "faster": {"arguments": ["--linear-backend", "humming"], "environment": {"HUMMING_CACHE_DIR": "/cache/humming"}}}
     asked = server_of(render_vllm(tmp_path, SERVER, **values, __vllm_plan=plan, vllm_optimize_for="latency"), on_host)
     assert asked["environment"]["HUMMING_CACHE_DIR"] == "/cache/humming"
-    assert asked["command"][-6:-4] == ["--linear-backend", "humming"]
+    place = asked["command"].index("--linear-backend")
+    assert asked["command"][place + 1] == "humming"
     as_it_comes = server_of(render_vllm(tmp_path, SERVER, **values, __vllm_plan=plan), on_host)
     assert "HUMMING_CACHE_DIR" not in as_it_comes["environment"]
     assert "--linear-backend" not in as_it_comes["command"]
