@@ -154,7 +154,7 @@ def test_the_whole_corpus_fits_in_64_mb() -> None:
     program = """
 import resource
 from agent.tools.calculator import CalculatorError, calculate
-from test_calculator import REFUSED
+from test_tools_calculator import REFUSED
 pages = int(open("/proc/self/statm").read().split()[0])
 limit = pages * resource.getpagesize() + (64 << 20)
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
