@@ -47,7 +47,7 @@ CHECK_PARTS := types unit agent-unit style
 TEST_PARTS := images molecule agent-test molecule-swap molecule-nvidia $(CHECK_PARTS) unit-plays ansible-lint sanity promtool-test
 ALL_PARTS := more-newest more-hosts more-swap more-nvidia more-sanity importer bench-test restore-test unit-slow
 # These measure seconds, so nothing runs beside them.
-LAST_PARTS := system-test
+LAST_PARTS := system-test audit
 
 ## make check         after each edit: style, types, unit tables, tests of the service that need no server
 .PHONY: check
@@ -188,6 +188,11 @@ molecule-swap molecule-hosts molecule-nvidia: molecule-%: images
 .PHONY: system-test
 system-test: demo
 	$(PART) $@ python -m pytest -q -x --durations=10 -rP -m "$(DRILLS)" tests/system
+
+## make audit         what specialists' programs say of the host of `make demo`: CIS Docker, systemd-analyze, testssl.sh; each waived with a reason, or none
+.PHONY: audit
+audit: demo
+	$(PART) $@ python tests/audit/audit.py
 
 # More parts of `make test-all`. They go on with the hosts that `make test` left.
 .PHONY: more-swap more-nvidia

@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ansible_collections.selfhosted.agent_stack.plugins.module_utils import _apt_sources, _nvml
+from ansible_collections.selfhosted.agent_stack.plugins.module_utils._uninstall import RECORD
 
 # A question to a program that hangs costs no more than this.
 PATIENCE_SECONDS = 4
@@ -62,6 +63,7 @@ def gather(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return all facts. `settings` are the arguments of the module server_check."""
     packages = installed_packages()
     docker = engine(packages)
+    docker["ours"] = ours(docker["source"], read(f"{settings['stack']}/{RECORD}") if settings["stack"] else "")
     return {
         "platform": platform(read("/etc/os-release")),
         "architecture": os.uname().machine,
@@ -150,6 +152,15 @@ def engine_source(packages: Mapping[str, Any], program: str, snap: bool, version
     if "podman-docker" in packages:
         return "podman-docker"
     return next((name for name in ENGINE_PACKAGES if name in packages), "other" if version else "")
+
+
+def ours(source: str, record: str) -> bool:
+    """Whether the stack installs the engine or did so: none is there, or its package came after the record of what was on the host."""
+    try:
+        before = json.loads(record or "{}")
+    except ValueError:
+        before = {}
+    return not source or (source in ENGINE_PACKAGES and bool(before.get("complete")) and source not in before["packages"])
 
 
 def docker_info() -> dict[str, Any]:

@@ -50,7 +50,23 @@ def docker_plan(facts: Facts, settings: Settings) -> _docker_found.Plan:
     oldest = _docker_found.OLDEST_ENGINE_CDI if settings["gpu"] else _docker_found.OLDEST_ENGINE
     if ipv6_only(facts) and settings["docker"]:
         oldest = max(oldest, _docker_found.OLDEST_ENGINE_IPV6)
-    return _docker_found.plan(facts, settings["docker_package_source"], settings["docker_daemon_options"], oldest)
+    return _docker_found.plan(facts, settings["docker_package_source"], wanted_options(facts, settings), oldest)
+
+
+def wanted_options(facts: Facts, settings: Settings) -> Mapping[str, Any]:
+    """What is wanted in daemon.json. Hardening concerns all containers of the engine, so one of somebody else keeps its own."""
+    options: Mapping[str, Any] = settings["docker_daemon_options"]
+    return {**settings["docker_daemon_hardening"], **options} if facts["engine"]["ours"] else options
+
+
+def hardening(facts: Facts, settings: Settings) -> Iterator[str]:
+    missing = [key for key, value in settings["docker_daemon_hardening"].items() if facts["engine"]["daemon"].get(key) != value]
+    missing = [key for key in missing if key not in settings["docker_daemon_options"]]
+    if settings["docker"] and missing and not facts["engine"]["ours"]:
+        yield (
+            f"The Docker Engine was not installed by this collection, so {' and '.join(sorted(missing))} of docker_daemon_hardening stay as they are. "
+            "docker_daemon_options sets them."
+        )
 
 
 def ipv6_only(facts: Facts) -> bool:
@@ -353,4 +369,4 @@ REFUSING: tuple[Rule, ...] = (
     *(docker, forwarding, apt_sources, ports, disk, disk_for_images, disk_for_model, memory, way_out, clock, subnets),
     *(nginx_sites, gpu, toolkit_elsewhere, held_toolkit),
 )
-NOTING: tuple[Rule, ...] = (domain_elsewhere, docker_differences, mtu_of_networks, apt_lock, moving_driver, proxy_of_docker)
+NOTING: tuple[Rule, ...] = (domain_elsewhere, docker_differences, hardening, mtu_of_networks, apt_lock, moving_driver, proxy_of_docker)

@@ -154,7 +154,7 @@ def counts(gpus: int, wanted: int = 0) -> list[int]:
 
 def command(image: str, name: str, files: Path, gpus: Sequence[int]) -> list[str]:
     """Return how the program is run. It reads it from its standard input."""
-    confined = ["--network", "none", "--read-only", "--tmpfs", "/tmp:exec", "--cap-drop", "ALL", "--security-opt", "no-new-privileges:true"]  # noqa: S108
+    confined = ["--network", "none", "--read-only", "--tmpfs", "/tmp:exec,size=4g", "--cap-drop", "ALL", "--security-opt", "no-new-privileges:true"]  # noqa: S108
     confined += ["--pids-limit", "1024", "--memory", str(16 * GIB), "--user", "10001:10001"]
     # Not the GPUs, which another model may be using. The user has no name in the image, for which torch asks.
     environment = ["--env", "HOME=/tmp", "--env", "USER=vllm", "--env", "LOGNAME=vllm", "--env", "NVIDIA_VISIBLE_DEVICES=void"]

@@ -221,7 +221,8 @@ def check_gateway(configuration: str, servers: str, paths: Paths, image: str, do
         for name, text in files.items():
             write(Path(directory) / name, text, 0o644)
         command = [docker, "run", "--rm", "--pull", "never", "--network", "none", "--add-host", "gateway.inference.internal:127.0.0.1", "--user", "99:99"]
-        command += ["--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--volume", f"{directory}:/check:ro"]
+        command += ["--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--pids-limit", "64", "--memory", "256m"]
+        command += ["--volume", f"{directory}:/check:ro"]
         command += ["--volume", f"{paths.root / 'vllm' / 'config'}:/etc/agent-stack:ro", "--entrypoint", "haproxy", image, "-c"]
         command += [argument for name in files for argument in ("-f", f"/check/{name}")]
         try:

@@ -41,6 +41,14 @@ options:
     description: Keys that are wanted in C(/etc/docker/daemon.json).
     type: dict
     default: {}
+  docker_daemon_hardening:
+    description: Keys that are wanted there as well, if the engine is the stack's.
+    type: dict
+    default: {}
+  stack:
+    description: Directory of the stack, which says what was on the host before it.
+    type: path
+    default: ""
   subnets:
     description: Address ranges of the stack's networks by the network's name, where Docker shall not choose.
     type: dict
@@ -162,7 +170,7 @@ docker:
       description: Whether Docker's own repository has to be added for them.
       type: bool
     options:
-      description: The part of O(docker_daemon_options) that this engine can live with.
+      description: The part of O(docker_daemon_options) and O(docker_daemon_hardening) that this engine can live with.
       type: dict
 network_mtu:
   description: Largest packet of the stack's networks, in bytes; 0 for Docker's own choice.
@@ -200,6 +208,7 @@ def main() -> None:
             "docker": {"type": "bool", "default": True},
             "docker_package_source": {"type": "str", "choices": ["auto", "distribution", "docker"], "default": "auto"},
             "docker_daemon_options": {"type": "dict", "default": {}},
+            "docker_daemon_hardening": {"type": "dict", "default": {}},
             "subnets": {"type": "dict", "default": {}},
             "mtu": {"type": "int", "default": 0},
             "front": {"type": "bool", "default": True},
@@ -209,7 +218,7 @@ def main() -> None:
             "needs_way_out": {"type": "bool", "default": True},
             "controller_time": {"type": "float", "default": 0},
             **{name: {"type": "str", "default": ""} for name in texts},
-            **{name: {"type": "path", "default": ""} for name in ("toolkit_source", "model_directory")},
+            **{name: {"type": "path", "default": ""} for name in ("toolkit_source", "model_directory", "stack")},
             **{name: {"type": "bool", "default": False} for name in ("nginx", "gpu", "cpu_model", "pulls")},
         },
         supports_check_mode=True,

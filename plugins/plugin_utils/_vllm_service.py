@@ -164,17 +164,19 @@ def definition(settings: Settings, topology: Topology, plan: Mapping[str, Any]) 
         service["network_mode"] = "host"
     service |= {
         "read_only": True,
-        "tmpfs": ["/tmp:exec"],  # noqa: S108  the container's own
+        # Kernels that are compiled while the model loads; what is kept is in the cache.
+        "tmpfs": ["/tmp:exec,size=4g"],  # noqa: S108  the container's own
         "shm_size": f"{settings.shm_size_gib}g",
         "cap_drop": ["ALL"],
         "security_opt": ["no-new-privileges:true"],
         "pids_limit": 4096,
+        "ulimits": {"nofile": 65536 if settings.device == "cuda" else 16384},
     }
     if settings.memory_limit_gib > 0:
         service["mem_limit"] = f"{settings.memory_limit_gib}g"
     if settings.device == "cuda":
         gpus = {"driver": "cdi", "device_ids": ["nvidia.com/gpu=all"], "capabilities": ["gpu"]}
-        service |= {"ulimits": {"nofile": 65536}, "deploy": {"resources": {"reservations": {"devices": [gpus]}}}}
+        service["deploy"] = {"resources": {"reservations": {"devices": [gpus]}}}
     service["stop_grace_period"] = "90s"
     if not topology.follows:
         # Nothing asks a follower for anything: the head's server says how both are.

@@ -216,6 +216,19 @@ def forms(secret: str) -> set[str]:
     return {secret, json.dumps(secret)[1:-1]}
 
 
+METRICS = ("http://127.0.0.1:9090/metrics", "http://127.0.0.1:9090/api/v1/targets", "http://127.0.0.1:9093/metrics", "http://127.0.0.1:8080/metrics")
+
+
+def test_no_secret_shows(on_host: Callable[..., str], containers: Containers, secrets: dict[str, str]) -> None:
+    """The secrets that were generated for this host are in no other place than their files."""
+    assert len(secrets) >= 8
+    assert all(len(secret) >= 12 for secret in secrets.values())
+    places = traces(on_host, containers) | {url: on_host("curl", "--silent", "--max-time", "10", url) for url in METRICS}
+    assert all(places[place] for place in ("docker inspect", "container logs", "ps", "environments", "journal", *METRICS[:3]))
+    found = {(place, name) for place, text in places.items() for name, secret in secrets.items() for form in forms(secret) if form in text}
+    assert found == set()
+
+
 @pytest.mark.long
 def test_rotation_takes_effect_and_leaves_no_trace(
     play: Callable[..., Play],

@@ -9,7 +9,7 @@ import pytest
 from testinfra.host import Host
 
 # Keys of daemon.json that the role sets.
-OURS = {"live-restore", "log-driver", "log-opts"}
+OURS = {"icc", "live-restore", "log-driver", "log-opts", "no-new-privileges"}
 SLOTS = "/var/lib/agent-stack/vllm/swap.json"
 NETWORKS = {"data": True, "edge": False, "egress": False, "inference": True, "model": True, "monitor": False}
 

@@ -9,6 +9,7 @@ NOW = 1_800_000_000.0
 ENGINE: dict[str, Any] = {
     "version": "",
     "source": "",
+    "ours": False,
     "running": False,
     "swarm": False,
     "rootless": False,
@@ -59,6 +60,8 @@ SETTINGS: dict[str, Any] = {
     "docker": True,
     "docker_package_source": "auto",
     "docker_daemon_options": {"log-driver": "json-file", "log-opts": {"max-size": "50m"}, "live-restore": True},
+    "docker_daemon_hardening": {},
+    "stack": "/opt/agent-stack",
     "subnets": {},
     "mtu": 0,
     "front": True,

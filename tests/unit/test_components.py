@@ -128,7 +128,15 @@ def test_its_project_and_units_are_written_with_the_shared_templates(installed: 
     output = play(installed, DRY_PLAYBOOK, "--check", "--diff")
     assert "failed=0" in output, output
     for line in (
-        *("image: registry.example.com/vectors:1.2", 'networks: ["data", "monitor"]', "+ read_only: true", "+ tmpfs: [/tmp]", "+ cap_drop: [ALL]"),
+        *(
+            "image: registry.example.com/vectors:1.2",
+            'networks: ["data", "monitor"]',
+            "+ read_only: true",
+            '+ tmpfs: ["/tmp:size=64m"]',
+            "+ cap_drop: [ALL]",
+            "+ ulimits: {nofile: 16384}",
+            "+ mem_limit: 512m",
+        ),
         *("name: agent-stack-monitor", "+ProtectSystem=strict", "+RestrictAddressFamilies=AF_UNIX", "+OnCalendar=daily"),
     ):
         assert line in output, output

@@ -190,7 +190,8 @@ def test_without_adapters_the_server_is_as_it_was() -> None:
 def test_each_is_fetched_by_a_service_of_its_own() -> None:
     settings = settings_of({"vllm_model": "Qwen/Qwen3-8B", "vllm_lora_adapters": ADAPTERS}, "image")
     service = _vllm_service.describe(settings, topology_of("cuda-planned"), {})
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)  # noqa: S701  as Ansible's
+    loader = jinja2.FileSystemLoader(ROLE.parent / "agent_stack" / "templates")
+    environment = jinja2.Environment(loader=loader, trim_blocks=True, undefined=jinja2.StrictUndefined, autoescape=False)  # noqa: S701  as Ansible's
     environment.filters |= {"to_json": json.dumps, "combine": lambda first, second: {**first, **second}}
     template = environment.from_string((ROLE / "templates" / "fetch.yml.j2").read_text())
     values = {"__vllm_image_reference": "image", "__vllm_uid": 10001, "__vllm_dir": "/opt/vllm", "agent_stack_data_dir": "/data"}

@@ -80,6 +80,25 @@ def test_who_installed_the_engine(packages: list[str], program: str, snap: bool,
     assert _server_facts.engine_source(dict.fromkeys(packages), program, snap, version) == source
 
 
+BEFORE = '{"complete": true, "packages": ["curl", "docker.io"]}'
+
+
+@pytest.mark.parametrize(
+    ("source", "record", "ours"),
+    [
+        pytest.param("", "", True, id="none yet"),
+        pytest.param("docker-ce", "", False, id="no record"),
+        pytest.param("docker.io", BEFORE, False, id="there before the stack"),
+        pytest.param("docker-ce", BEFORE, True, id="came with the stack"),
+        pytest.param("other", BEFORE, False, id="of no package"),
+        pytest.param("docker-ce", BEFORE.replace("true", "false"), False, id="a record of an older version's host"),
+        pytest.param("docker-ce", "{", False, id="a broken record"),
+    ],
+)
+def test_whose_engine_it_is(source: str, record: str, ours: bool) -> None:
+    assert _server_facts.ours(source, record) is ours
+
+
 @pytest.mark.parametrize(
     ("environment", "config", "remote"),
     [

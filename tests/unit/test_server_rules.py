@@ -233,3 +233,29 @@ def test_the_mtu_of_the_networks(uplinks: dict[str, Any], wanted: int, mtu: int)
 )
 def test_what_a_model_takes(model: str, gib: float) -> None:
     assert _server_rules.model_gib(model) == pytest.approx(gib, abs=0.1)
+
+
+HARDENING = {"docker_daemon_hardening": {"icc": False, "no-new-privileges": True}}
+
+
+@pytest.mark.parametrize(
+    ("engine", "changes", "wanted", "told"),
+    [
+        pytest.param({"ours": True}, {}, {"icc": False, "no-new-privileges": True}, [], id="none yet"),
+        pytest.param({**CE, "ours": True}, {}, {"icc": False, "no-new-privileges": True}, [], id="the stack's own"),
+        pytest.param({**CE, "ours": True}, {"docker_daemon_options": {"icc": True}}, {"icc": True, "no-new-privileges": True}, [], id="asked otherwise"),
+        pytest.param(CE, {}, {}, ["icc and no-new-privileges"], id="somebody else's"),
+        pytest.param({**CE, "daemon": {"icc": False}}, {}, {}, ["no-new-privileges"], id="somebody else's, half of it there"),
+        pytest.param({**CE, "daemon": {"icc": False, "no-new-privileges": True}}, {}, {}, [], id="somebody else's, all of it there"),
+        pytest.param(CE, {"docker_daemon_options": {"icc": False}}, {"icc": False}, ["no-new-privileges"], id="somebody else's, asked for"),
+    ],
+)
+def test_an_engine_of_somebody_else_is_not_hardened(engine: dict[str, Any], changes: dict[str, Any], wanted: dict[str, Any], told: list[str]) -> None:
+    found, wish = facts(engine=engine), settings(**HARDENING, **changes)
+    options = _server_rules.docker_plan(found, wish).options
+    assert {key: value for key, value in options.items() if key in ("icc", "no-new-privileges")} == wanted
+    notes = [note for note in _server_rules.judge(found, wish)[1] if "docker_daemon_hardening" in note]
+    assert notes == [
+        f"The Docker Engine was not installed by this collection, so {keys} of docker_daemon_hardening stay as they are. docker_daemon_options sets them."
+        for keys in told
+    ]

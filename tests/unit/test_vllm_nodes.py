@@ -41,6 +41,8 @@ TEMPLATES = {"servers.cfg.j2": "servers", "compose.yml.j2": "compose", "follower
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("nodes")
+    # Where a role's task finds the templates of the role agent_stack that it runs.
+    (directory / "templates").symlink_to(ROOT / "roles" / "agent_stack" / "templates")
     (directory / "hosts.yml").write_text(yaml.safe_dump(INVENTORY))
     tasks: list[dict[str, Any]] = [
         {"ansible.builtin.template": {"src": str(ROLE / "templates" / template), "dest": f"{directory}/{{{{ inventory_hostname }}}}-{name}", "mode": "0600"}}
