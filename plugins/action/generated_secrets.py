@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import datetime
 import secrets
 import string
 from pathlib import Path
@@ -13,8 +14,17 @@ from typing import Any
 from ansible.plugins.action import ActionBase
 from ansible_collections.selfhosted.agent_stack.plugins.plugin_utils._secrets_file import SecretsFile
 
+LENGTH = 32
 ALPHABET = string.ascii_letters + string.digits
 COMMENT = "Written by the playbook: secrets that were generated because the inventory gave none. Keep this file."
+
+# In the same file: what still counts while it is rotated, and the day on which each was made.
+PREVIOUS = "agent_stack_secrets_previous"
+MADE = "agent_stack_secrets_made"
+
+
+def today() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).date().isoformat()  # noqa: UP017  as the modules' oldest Python has it
 
 
 def with_missing(existing: dict[str, str], names: list[str], length: int) -> tuple[dict[str, str], list[str]]:
@@ -36,7 +46,7 @@ class ActionModule(ActionBase):
                 "path": {"type": "path", "required": True},
                 "variable": {"type": "str", "required": True},
                 "names": {"type": "list", "elements": "str", "required": True},
-                "length": {"type": "int", "default": 32},
+                "length": {"type": "int", "default": LENGTH},
                 "given": {"type": "dict", "default": {}, "no_log": True},
                 "state": {"type": "str", "choices": ["present", "read"], "default": "present"},
             },
@@ -47,5 +57,13 @@ class ActionModule(ActionBase):
         values, created = with_missing(file.values, [name for name in args["names"] if name not in given], args["length"])
         writes = args["state"] == "present" and (bool(created) or file.unprotected)
         if writes and not self._task.check_mode:
-            file.write(values)
-        return {**result, "changed": writes, "secrets": {**values, **given}, "created": created, "given": given}
+            file.write(values, **{MADE: {**file.mapping(MADE), **dict.fromkeys(created, today())}})
+        return {
+            **result,
+            "changed": writes,
+            "secrets": {**values, **given},
+            "previous": file.mapping(PREVIOUS),
+            "made": file.mapping(MADE),
+            "created": created,
+            "given": given,
+        }

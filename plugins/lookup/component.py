@@ -20,11 +20,12 @@ options:
   wants:
     description:
       - What to return. V(declaration) is each component's declaration with the paths of this host, V(secrets) the names of their secrets,
+        V(secret_list) each with its owner and why it is not rotated,
         V(checked) the roles whose inputs are checked before anything changes, V(images) the names of their images that can be built,
         V(scrape_configs) what Prometheus scrapes, V(listens) the ports that they listen on,
         V(footprint) what they leave on the host outside of the stack's own two directories.
     type: str
-    choices: [declaration, secrets, checked, images, scrape_configs, listens, footprint]
+    choices: [declaration, secrets, secret_list, checked, images, scrape_configs, listens, footprint]
     default: declaration
   serving:
     description: With V(scrape_configs), the hosts that serve a model. This host alone if it is not given.
@@ -73,6 +74,8 @@ class LookupModule(LookupBase):
                 raise AnsibleError(f"There is no component {name}; known are {', '.join(known)}.")
         components = [known[name] for name in terms or known]
         wants = self.get_option("wants")
+        if wants == "secret_list":
+            return _components.secret_list(components)
         if wants == "secrets":
             return _components.secrets(components)
         if wants == "checked":

@@ -17,7 +17,7 @@ description:
   - The digest is keyed with the host's machine id, so that nothing can be learned from it about a secret.
 options:
   paths:
-    description: Directories. One that does not exist counts as empty.
+    description: Directories and files. One that does not exist counts as empty.
     type: list
     elements: path
     required: true
@@ -55,7 +55,8 @@ def directory_digest(paths: list[str], key: bytes) -> str:
     """Return the digest as 16 hexadecimal digits. Raises OSError for a file that cannot be read."""
     digest = hmac.new(key, digestmod=hashlib.sha256)
     for path in sorted(paths):
-        for directory, subdirectories, files in os.walk(path):
+        single = [(os.path.dirname(path), [], [os.path.basename(path)])] if os.path.isfile(path) else None
+        for directory, subdirectories, files in single or os.walk(path):
             subdirectories.sort()
             for name in sorted(files):
                 full = os.path.join(directory, name)

@@ -75,6 +75,16 @@ given:
   returned: success
   type: dict
   sample: {}
+previous:
+  description: The values that still count beside the others, because they are being rotated.
+  returned: success
+  type: dict
+  sample: {}
+made:
+  description: The day on which each secret was made, of those of which it is known.
+  returned: success
+  type: dict
+  sample: {"redis_agent_password": "2026-05-01"}
 created:
   description: Names whose values are new.
   returned: success

@@ -9,6 +9,7 @@ images                NAME: {reference, context, base, wheels}. `reference` is w
                       the image where none is reachable, `base` the Debian release that it builds on, `wheels` whether agent_stack_wheel_dir goes in
 base_images           RELEASE: the reference of the image that builds on this release start from
 secrets               names of secrets that are generated where the inventory gives none
+kept_secrets          those of them that playbooks/rotate.yml does not replace, each with the reason
 metrics               what Prometheus scrapes: {job, target}; with `per_host: true` also every other host that serves a model, at /hosts/HOST/metrics
                       of the target
 ports                 the role's variable with a port, or the port itself: who reaches it, one of `loopback`, `peers` and `all`
@@ -57,6 +58,7 @@ class Component:
     images: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     base_images: Mapping[str, str] = field(default_factory=dict)
     secrets: list[str] = field(default_factory=list)
+    kept_secrets: Mapping[str, str] = field(default_factory=dict)
     metrics: list[Mapping[str, Any]] = field(default_factory=list)
     ports: Mapping[str, str] = field(default_factory=dict)
     networks: list[str] = field(default_factory=list)
@@ -75,7 +77,7 @@ class Component:
 
 PACKAGE = ("leaves", "data", "in_use")
 KINDS: dict[str, tuple[type, str]] = {
-    **dict.fromkeys(("images", "base_images", "ports", "uids", "optional_directories", "packages", "replaces", "merges"), (dict, "a mapping")),
+    **dict.fromkeys(("images", "base_images", "kept_secrets", "ports", "uids", "optional_directories", "packages", "replaces", "merges"), (dict, "a mapping")),
     **dict.fromkeys(("secrets", "metrics", "networks", "directories", "paths", "data_paths", "groups", "users"), (list, "a list")),
     "uid": (int, "a number"),
 }
@@ -112,6 +114,12 @@ def read(path: Path) -> Component:
         if not isinstance(package, dict) or set(package) - set(PACKAGE):
             raise ComponentError(f"{path}: packages has {name}: {package!r}; allowed is a mapping of any of {', '.join(PACKAGE)}.")
     return Component(path.parent.parent.name, **declared)
+
+
+def secret_list(components: Iterable[Component]) -> list[dict[str, str]]:
+    """Return `name`, the component as `owner`, and `kept`, why it is not rotated or nothing, of each secret."""
+    found = [{"name": name, "owner": each.name, "kept": each.kept_secrets.get(name, "")} for each in components for name in each.secrets]
+    return sorted(found, key=lambda secret: secret["name"])
 
 
 def images(components: Iterable[Component]) -> dict[str, Mapping[str, Any]]:

@@ -22,6 +22,8 @@ USUAL = Path("group_vars", "all", "secrets.yml")
 # Read by nobody but this collection: no group has this name. A directory `all` beside a file `all.yml` would have Ansible ignore that file.
 APART = Path("group_vars", "agent_stack_secrets.yml")
 
+VAULT_TAGS = ("!vault", "!vault-encrypted")
+
 
 class SecretsFileError(ValueError):
     """The file cannot be found, or not be changed as it has to be; the message is a sentence."""
@@ -134,11 +136,15 @@ class SecretsFile:
         self._path = path
         self._variable = variable
         self._comment = comment
-        content = self._read()
-        values = content.get(variable) or {}
+        self._content = self._read()
+        self.values: dict[str, str] = self.mapping(variable)
+
+    def mapping(self, variable: str) -> dict[str, str]:
+        """One of the file's mappings of names to texts; empty if it has none."""
+        values = self._content.get(variable) or {}
         if not isinstance(values, dict):
-            raise AnsibleActionFail(f"{variable} in {path} must be a mapping of names to secrets.")
-        self.values: dict[str, str] = values
+            raise AnsibleActionFail(f"{variable} in {self._path} must be a mapping of names to secrets.")
+        return values
 
     @property
     def unprotected(self) -> bool:
@@ -147,8 +153,11 @@ class SecretsFile:
             return False
         return bool(stat.S_IMODE(self._path.stat().st_mode) & 0o077) or (self._plain() and bool(self._loader._vault.secrets))
 
-    def write(self, values: Mapping[str, str]) -> None:
-        """Encrypted, if Ansible was given a vault password. What else is in the file stays as it was, comments and tags too."""
+    def write(self, values: Mapping[str, str], **others: Mapping[str, str]) -> None:
+        """Encrypted, if Ansible was given a vault password. What else is in the file stays as it was, comments and tags too.
+
+        others: more mappings of the file by their variable, written in the same step
+        """
         content = self._path.read_bytes() if self._path.exists() else b""
         label = ""
         if is_encrypted(content):
@@ -157,6 +166,9 @@ class SecretsFile:
             content = self._loader._vault.decrypt(content)
         try:
             text = edited(content.decode(), self._variable, values, self._comment)
+            for variable, mapping in others.items():
+                if mapping or self.mapping(variable):
+                    text = edited(text, variable, mapping)
             write_private(self._path, self._encrypt(text.encode(), label))
         except SecretsFileError as error:
             raise AnsibleActionFail(f"Cannot write {self._path}: {error}.") from error
@@ -178,14 +190,21 @@ class SecretsFile:
             raise AnsibleActionFail(f"{self._path} must hold YAML variables (a mapping).")
         return content
 
+    def sealed(self) -> list[str]:
+        """The names whose value is encrypted by itself, with `!vault`: it cannot be replaced."""
+        return [name for name, tag in self._tags().items() if tag in VAULT_TAGS]
+
     def _plain(self) -> bool:
         """Whether a secret is there to be read; values of `!vault` are not."""
-        content = self._path.read_bytes()
+        return not is_encrypted(self._path.read_bytes()) and any(tag not in VAULT_TAGS for tag in self._tags().values())
+
+    def _tags(self) -> dict[str, str]:
+        content = self._path.read_bytes() if self._path.exists() else b""
         if is_encrypted(content):
-            return False
+            content = self._loader._vault.decrypt(content)
         root = yaml.compose(content.decode(), Loader=yaml.SafeLoader)
         found = next((value for key, value in getattr(root, "value", []) if key.value == self._variable), None)
-        return any(value.tag not in ("!vault", "!vault-encrypted") for _key, value in getattr(found, "value", []))
+        return {key.value: value.tag for key, value in getattr(found, "value", [])}
 
     def _encrypt(self, text: bytes, label: str) -> bytes:
         """With the identity that Ansible is configured to encrypt with, else that of the file so far, else the first."""

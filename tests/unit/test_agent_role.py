@@ -182,6 +182,14 @@ def test_the_roles_defaults_are_the_services(played: tuple[str, Path], tmp_path:
     assert service(services(played, "nothing")["agent"]["environment"], tmp_path / "secret") == service(secrets, tmp_path / "secret")
 
 
+def test_a_name_that_docker_does_not_know_costs_less_than_a_login(played: tuple[str, Path]) -> None:
+    """Of a database that is away. DNS servers out of reach would be asked for 10 seconds otherwise, once for each search domain."""
+    options = dict(option.split(":") for option in services(played, "nothing")["agent"]["dns_opt"])
+    # Postgres' connect_timeout in the service is 3 seconds.
+    assert int(options["timeout"]) * int(options["attempts"]) < 3
+    assert options["ndots"] == "1"
+
+
 def test_nginx_writes_down_what_the_agent_takes_for_a_proxy_secret() -> None:
     (setting,) = (setting for setting in SETTINGS if setting["name"] == "agent_proxy_secret")
     check = (ROOT / "roles" / "nginx_certbot" / "tasks" / "check.yml").read_text()

@@ -14,6 +14,8 @@ import yaml
 
 pytestmark = pytest.mark.play
 
+# The day on which each was made, at the end.
+MADE = r"agent_stack_secrets_made:\n  two: '\d{4}-\d\d-\d\d'\n"
 ROOT = Path(__file__).resolve().parents[2]
 PLAYBOOK = """
 - hosts: localhost
@@ -124,7 +126,7 @@ def test_a_file_that_was_encrypted_keeps_its_identity(path: Path, tmp_path: Path
     assert "created=two" in play(path, *arguments).stdout
     assert path.read_text().startswith("$ANSIBLE_VAULT;1.2;AES256;second\n")
     shown = subprocess.run([vault, "view", *arguments, str(path)], check=True, capture_output=True, text=True).stdout
-    assert re.fullmatch(r"# of the team\nagent_stack_secrets: \{two: \w{32}, one: x\}\n", shown)
+    assert re.fullmatch(rf"# of the team\nagent_stack_secrets: \{{two: \w{{32}}, one: x\}}\n{MADE}", shown)
 
 
 def test_a_plain_file_is_encrypted_once_there_is_a_vault_password(path: Path, tmp_path: Path) -> None:
@@ -174,7 +176,9 @@ def test_a_template_in_an_unsafe_value_and_comments_stay(path: Path) -> None:
     content = "# ours\nagent_stack_secrets:\n  one: !unsafe 'a {{ b }}'  # from the team's vault\n"
     path.write_text(content)
     assert "created=two" in play(path).stdout
-    assert sorted(path.read_text().splitlines()) == sorted([*content.splitlines(), *re.findall(r"  two: \w{32}", path.read_text())])
+    assert sorted(path.read_text().splitlines()) == sorted(
+        [*content.splitlines(), *re.findall(r"  two: \w{32}", path.read_text()), *re.findall(MADE, path.read_text())[0].splitlines()]
+    )
 
 
 def test_refuses_a_file_that_it_cannot_read_or_understand(path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,10 +39,10 @@ class Site:
         self.hashes += 1
         return salt + password
 
-    def write(self, password: str) -> None:
+    def write(self, *passwords: str) -> None:
         # As Ansible does: another file of the same name.
         new = self.file.with_suffix(".new")
-        new.write_text(login.line("agent", password.encode()) + "\n")
+        new.write_text("".join(login.line("agent", password.encode()) + "\n" for password in passwords))
         new.replace(self.file)
 
     def judge(self, password: str, name: str = "agent", address: str = ADDRESS) -> tuple[str, int]:
@@ -67,6 +69,42 @@ def test_another_password_counts_at_once_and_the_old_one_no_more(site: Site) -> 
     site.write("other")
     assert site.judge("right") == ("", 0)
     assert site.judge("other") == ("agent", 0)
+
+
+def test_both_passwords_count_while_one_is_rotated(site: Site) -> None:
+    site.write("new", "right")
+    assert [site.judge(password) for password in ("right", "new", "wrong")] == [("agent", 0), ("agent", 0), ("", 0)]
+    site.write("new")
+    assert [site.judge(password) for password in ("right", "new")] == [("", 0), ("agent", 0)]
+
+
+@pytest.mark.parametrize("name", ["agent", "nobody"])
+def test_names_cost_the_same_while_a_password_is_rotated(site: Site, name: str) -> None:
+    site.write("new", "right")
+    for password in ("wrong", "new"):
+        site.hashes = 0
+        site.judge(password, name)
+        assert site.hashes == 2
+
+
+# What the file has, what is asked, and whether that is the same.
+@pytest.mark.parametrize(
+    ("stored", "asked", "same"),
+    [
+        (b"one", b"one", True),
+        (b"one", b"two", False),
+        (b"new\nold", b"new\nold", True),
+        (b"new\nold", b"new", False),
+        (b"new\nold", b"old\nnew", False),
+        (b"new", b"new\nold", False),
+    ],
+)
+def test_the_program_compares_all_passwords_of_a_name(tmp_path: Path, stored: bytes, asked: bytes, same: bool) -> None:
+    program = [sys.executable, str(ROOT / "roles/nginx_certbot/files/login.py")]
+    file = tmp_path / "passwords"
+    file.write_bytes(subprocess.run([*program, "hash", "agent"], input=stored, capture_output=True, check=True).stdout)
+    found = subprocess.run([*program, "check", str(file), "agent"], input=asked, capture_output=True, check=False)
+    assert found.returncode == (0 if same else 1), found.stderr
 
 
 @pytest.mark.parametrize("name", ["agent", "nobody", "", "x" * 1000, "\u00fc"])
@@ -181,6 +219,6 @@ def test_no_wait_overflows() -> None:
 
 def test_a_line_is_read_back(tmp_path: Path) -> None:
     (tmp_path / "passwords").write_text(login.line("agent", b"secret") + "\n")
-    salt, digest = login.read(tmp_path / "passwords")["agent"]
+    [(salt, digest)] = login.read(tmp_path / "passwords")["agent"]
     assert login.hashed(b"secret", salt) == digest != login.hashed(b"other", salt)
     assert (ROOT / "roles/nginx_certbot/files/login.py").read_text().count("scrypt(") == 1

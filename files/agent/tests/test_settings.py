@@ -7,8 +7,10 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from starlette.datastructures import Headers
 
-from agent.settings import Settings, SettingsError, rate, up_to
+from agent.access.auth import Proxy
+from agent.settings import SecretFile, Settings, SettingsError, accepted, rate, up_to
 from agent.storage.postgres import conninfo
 from servers import AGENT, ODD_PASSWORD
 
@@ -160,6 +162,49 @@ def test_an_unusable_secret_is_not_shown(environ: dict[str, str], tmp_path: Path
         Settings.from_environment(environ | {"AGENT_REDIS_PASSWORD_FILE": str(file)})
     assert str(refusal.value).startswith(f"AGENT_REDIS_PASSWORD_FILE={str(file)!r}: ")
     assert "two" not in str(refusal.value)
+
+
+def replace(file: Path, text: str) -> None:
+    """As Ansible does: another file of the same name."""
+    new = file.with_name("new")
+    new.write_text(text)
+    new.replace(file)
+
+
+def test_a_secret_is_read_again_when_it_changes(environ: dict[str, str], tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    secret = Settings.from_environment(environ).redis_password
+    assert accepted(secret) == (ODD_PASSWORD,)
+    previous = tmp_path / "secret.previous"
+    steps = [
+        (previous, ODD_PASSWORD, (ODD_PASSWORD, ODD_PASSWORD)),
+        (file, "new\n", ("new", ODD_PASSWORD)),
+        # What cannot be read leaves what counted.
+        (file, "", ("new", ODD_PASSWORD)),
+        (file, "two\nlines", ("new", ODD_PASSWORD)),
+        (file, "new", ("new", ODD_PASSWORD)),
+        (previous, "", ("new",)),
+    ]
+    for changed, text, counts in steps:
+        replace(changed, text)
+        assert accepted(secret) == counts, (changed.name, text)
+    file.unlink()
+    assert accepted(secret) == ("new",)
+    assert "new" not in repr(secret)
+
+
+def test_a_rotated_secret_of_the_proxy_counts_with_the_one_before_it(tmp_path: Path) -> None:
+    file, previous = tmp_path / "secret", tmp_path / "secret.previous"
+    file.write_text("old")
+    proxy = Proxy(SecretFile(file))
+    sent = {"old": True, "new": False}
+    for changed, text, counts in [
+        (previous, "old", sent),
+        (file, "new", {"old": True, "new": True}),
+        (previous, "", {"old": False, "new": True, "": False}),
+    ]:
+        replace(changed, text)
+        assert {value: proxy.sent(Headers({"X-Proxy-Secret": value})) for value in counts} == counts
 
 
 def test_a_missing_secret_file_is_named(environ: dict[str, str], tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """Says to nginx whether a name and a password belong together. nginx asks before it passes a request on; a systemd socket starts this.
 
     login.py serve PASSWORDS         answer on the socket that systemd hands over
-    login.py hash NAME               read a password from standard input, print its line for the file PASSWORDS
-    login.py check PASSWORDS NAME    read a password from standard input, exit with 0 if it is the one of that name in the file
+    login.py hash NAME               read passwords from standard input, one a line, print their lines for the file PASSWORDS
+    login.py check PASSWORDS NAME    read passwords from standard input, one a line, exit with 0 if they are those of that name in the file
+
+A name has two passwords while one is rotated.
 
 A password costs a tenth of a second and 32 MiB to check, so a right one is remembered for its address for a while, as a keyed digest. Wrong ones are counted
 for each address and each name: after five in a row the next is looked at after a second only, then after two, four and so on. Who was right before from an
@@ -45,7 +47,7 @@ CHALLENGE = 'WWW-Authenticate: Basic realm="agent"'
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
-Entries = dict[str, tuple[bytes, bytes]]
+Entries = dict[str, list[tuple[bytes, bytes]]]
 
 
 def hashed(password: bytes, salt: bytes) -> bytes:
@@ -59,9 +61,11 @@ def line(name: str, password: bytes) -> str:
 
 
 def read(path: Path) -> Entries:
-    """Salt and hash of each name. Raises OSError, ValueError."""
-    fields = (entry.split(":") for entry in path.read_text().splitlines() if entry)
-    return {name: (bytes.fromhex(salt), bytes.fromhex(digest)) for name, salt, digest in fields}
+    """Salt and hash of each password of a name. Raises OSError, ValueError."""
+    entries: Entries = {}
+    for name, salt, digest in (entry.split(":") for entry in path.read_text().splitlines() if entry):
+        entries.setdefault(name, []).append((bytes.fromhex(salt), bytes.fromhex(digest)))
+    return entries
 
 
 @dataclass
@@ -149,9 +153,13 @@ class Logins:
                 wait = max(self.addresses.wait(network), 0 if pair in self._known else self.names.wait(name))
                 if wait:
                     return Verdict(wait=wait)
-                salt, expected = self._entries.get(name, self._nobody)
-                found = await asyncio.get_running_loop().run_in_executor(self._pool, hashed, password, salt)
-                right = hmac.compare_digest(found, expected) and self._entries.get(name) == (salt, expected)
+                # As many as the name with the most has, so that each costs the same.
+                known = self._entries.get(name, [])
+                most = max(map(len, self._entries.values()), default=1)
+                right = False
+                for salt, expected in known + [self._nobody] * (most - len(known)):
+                    found = await asyncio.get_running_loop().run_in_executor(self._pool, hashed, password, salt)
+                    right |= hmac.compare_digest(found, expected) and (salt, expected) in self._entries.get(name, [])
         finally:
             self._waiting -= 1
         if not right:
@@ -235,13 +243,15 @@ def main(arguments: list[str]) -> None:
     if len(arguments) == 2 and arguments[0] == "serve":
         asyncio.run(serve(Path(arguments[1])))
     elif len(arguments) == 2 and arguments[0] == "hash":
-        print(line(arguments[1], sys.stdin.buffer.read()))
+        print(*(line(arguments[1], password) for password in sys.stdin.buffer.read().split(b"\n")), sep="\n")
     elif len(arguments) == 3 and arguments[0] == "check":
         try:
-            salt, expected = read(Path(arguments[1]))[arguments[2]]
+            entries = read(Path(arguments[1]))[arguments[2]]
         except (OSError, ValueError, KeyError):
             sys.exit(1)
-        sys.exit(not hmac.compare_digest(hashed(sys.stdin.buffer.read(), salt), expected))
+        passwords = sys.stdin.buffer.read().split(b"\n")
+        same = [hmac.compare_digest(hashed(password, salt), expected) for password, (salt, expected) in zip(passwords, entries, strict=False)]
+        sys.exit(len(passwords) != len(entries) or not all(same))
     else:
         sys.exit(__doc__)
 

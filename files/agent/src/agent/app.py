@@ -40,7 +40,7 @@ from agent.runs.quota import Quota
 from agent.runs.threads import Threads
 from agent.services import Services, services
 from agent.settings import Settings, SettingsError
-from agent.storage.postgres import Database, conninfo, create_pool, reason
+from agent.storage.postgres import Database, create_pool, reason
 from agent.storage.redis import create_redis
 from agent.tools import create_tools, serve_tools
 from agent.tools.toolbox import Toolbox
@@ -149,7 +149,7 @@ async def _start(settings: Settings, tools: Toolbox, metrics: Metrics, stack: As
         saver,
         ledger,
         EventStreams(settings),
-        functools.partial(Channel, conninfo(settings), ledger.worker),
+        functools.partial(Channel, settings, ledger.worker),
         lambda: tools.names,
         metrics,
         tracing,

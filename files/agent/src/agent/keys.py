@@ -18,7 +18,7 @@ from psycopg.sql import SQL, Identifier
 
 from agent.access.auth import KEY, KEY_NAME, KEY_PREFIX, key_hash
 from agent.settings import PostgresSettings, SettingsError
-from agent.storage.postgres import conninfo
+from agent.storage.postgres import connected
 
 # Each limit's largest value, as the table has it.
 LIMITS = {"requests_per_minute": 100_000, "tokens_per_minute": 100_000_000, "concurrent_runs": 10_000}
@@ -112,7 +112,7 @@ def run(arguments: Sequence[str]) -> dict[str, Any]:
     wish = _parse(arguments)
     settings = PostgresSettings.from_environment(os.environ)
     key = _read_key(wish.name) if wish.command == "create" and wish.stdin else None
-    with psycopg.connect(conninfo(settings), row_factory=dict_row) as connection:
+    with connected(settings, lambda address: psycopg.connect(address, row_factory=dict_row)) as connection:
         match wish.command:
             case "create":
                 limits = {limit: value for limit in LIMITS if (value := getattr(wish, limit)) is not NOT_GIVEN}

@@ -18,7 +18,7 @@ from psycopg.rows import DictRow
 
 from agent.runs._langgraph import MIGRATIONS
 from agent.settings import PostgresSettings, SettingsError
-from agent.storage.postgres import SAVER_CONNECTION, conninfo
+from agent.storage.postgres import SAVER_CONNECTION, Connection, conninfo
 
 WAIT_SECONDS = 60
 LOCK = 0x6167656E74  # "agent"
@@ -75,7 +75,7 @@ async def _connect(settings: PostgresSettings) -> psycopg.AsyncConnection[DictRo
     deadline = time.monotonic() + WAIT_SECONDS
     while True:
         try:
-            return await psycopg.AsyncConnection.connect(conninfo(settings), **SAVER_CONNECTION)
+            return await Connection.connect(conninfo(settings), secret=settings.postgres_password, **SAVER_CONNECTION)
         except psycopg.OperationalError as error:
             # A refused password or a missing database does not get better by waiting.
             if "FATAL" in str(error) and "starting up" not in str(error) and "shutting down" not in str(error):

@@ -29,7 +29,7 @@ from psycopg.rows import dict_row
 from agent.runs._langgraph import PRUNE_DELTA_THREADS_SQL
 from agent.runs.quota import MEASURED
 from agent.settings import PostgresSettings, RetentionSettings, SettingsError
-from agent.storage.postgres import Pool, conninfo
+from agent.storage.postgres import Pool, connected
 
 LOCK = 0x72657461696E  # "retain"
 BATCH_THREADS = 200
@@ -369,7 +369,7 @@ class RetentionMetrics(Collector):
 
 def connect(settings: PostgresSettings) -> Connection:
     # Statements are planned each time, for how many rows they are really about.
-    return psycopg.connect(conninfo(settings), autocommit=True, prepare_threshold=None, row_factory=dict_row)
+    return connected(settings, lambda address: psycopg.connect(address, autocommit=True, prepare_threshold=None, row_factory=dict_row))
 
 
 def _batch(text: str) -> int:

@@ -7,6 +7,7 @@ runs where the service's dependencies are not installed: import nothing here but
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self, get_args
@@ -126,6 +127,47 @@ HostPattern = Annotated[
 ]
 
 
+class SecretFile(SecretStr):
+    """A secret in a file that is read again when it changes, so that a rotation restarts nothing.
+
+    While a secret is rotated, the file with `.previous` after its name has the value that still counts beside the new one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError, and ValueError if the file is empty or has more than one line."""
+        super().__init__(_read_line(path))
+        self._paths = (path, path.with_name(f"{path.name}.previous"))
+        self._stamps: tuple[object, ...] = ()
+        self._previous = ""
+
+    def get_secret_value(self) -> str:
+        self._refresh()
+        return self._secret_value
+
+    def get_previous_value(self) -> str:
+        """Return the value that counts as well, or nothing."""
+        self._refresh()
+        return self._previous
+
+    def _refresh(self) -> None:
+        stamps = tuple(_stamp(path) for path in self._paths)
+        if stamps == self._stamps:
+            return
+        path, previous = self._paths
+        # A file that cannot be read leaves what counted before.
+        with suppress(OSError, ValueError):
+            value = _read_line(path)
+            text = _read_line(previous) if previous.exists() and previous.stat().st_size else ""
+            self._secret_value, self._previous, self._stamps = value, text, stamps
+
+
+def accepted(secret: SecretStr) -> tuple[str, ...]:
+    """Return the values of a secret that count now: the current one first, then the one before it while that is rotated."""
+    value = secret.get_secret_value()
+    previous = secret.get_previous_value() if isinstance(secret, SecretFile) else ""
+    return (value, previous) if previous else (value,)
+
+
 class PostgresSettings(BaseModel):
     """What `python -m agent.migrate` needs; the service itself needs more."""
 
@@ -152,7 +194,7 @@ class PostgresSettings(BaseModel):
                 given[field] = None
             elif is_secret(info):
                 try:
-                    given[field] = _read_secret(Path(value))
+                    given[field] = SecretFile(Path(value))
                 except (OSError, ValueError) as error:
                     reason = getattr(error, "strerror", None) or error
                     problems.append(f"{name}={value!r}: {reason}: expected {allowed(info)}")
@@ -328,8 +370,16 @@ def variable(field: str, info: FieldInfo) -> str:
     return f"{PREFIX}{field.upper()}{'_FILE' if is_secret(info) else ''}"
 
 
-def _read_secret(path: Path) -> SecretStr:
+def _read_line(path: Path) -> str:
     text = path.read_text("utf-8").removesuffix("\n").removesuffix("\r")
     if not text or "\n" in text or "\0" in text:
         raise ValueError("the file is empty or has more than one line")
-    return SecretStr(text)
+    return text
+
+
+def _stamp(path: Path) -> object:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size

@@ -19,7 +19,8 @@ from agent.runs.crons import Due
 from agent.runs.quota import ROW_BYTES
 from agent.runs.records import Batch, Outcome, Run, RunLost, RunOptions
 from agent.runs.statements import CANCEL, CHANNEL, FINISH, FINISH_ONE, FIRE, INSERT, ROLL_BACK, SAVE
-from agent.storage.postgres import Database
+from agent.settings import PostgresSettings
+from agent.storage.postgres import Connection, Database, conninfo
 
 logger = logging.getLogger(__name__)
 
@@ -326,15 +327,16 @@ class Ledger:
 class Channel:
     """What the workers tell each other: one connection that listens, opened anew whenever it breaks."""
 
-    def __init__(self, conninfo: str, worker: str, on_message: Callable[[str], None]) -> None:
-        self._conninfo = make_conninfo(conninfo, application_name=f"{LISTENER}{worker}")
+    def __init__(self, settings: PostgresSettings, worker: str, on_message: Callable[[str], None]) -> None:
+        self._conninfo = make_conninfo(conninfo(settings), application_name=f"{LISTENER}{worker}")
+        self._secret = settings.postgres_password
         self._on_message = on_message
 
     async def listen(self) -> None:
         while True:
             started = time.monotonic()
             try:
-                async with await psycopg.AsyncConnection.connect(self._conninfo, autocommit=True) as connection:
+                async with await Connection.connect(self._conninfo, secret=self._secret, autocommit=True) as connection:
                     await connection.execute(f"LISTEN {CHANNEL}")
                     async for notification in connection.notifies():
                         self._on_message(notification.payload)

@@ -3,18 +3,19 @@
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine, Mapping, Sequence
-from typing import Any, LiteralString, TypeVar
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, LiteralString, Self, TypeVar
 
 import orjson
 from psycopg import AsyncConnection, DatabaseError, Error, OperationalError
 from psycopg.conninfo import make_conninfo
-from psycopg.rows import DictRow, dict_row
+from psycopg.rows import DictRow, Row, dict_row
 from psycopg.types.json import set_json_dumps, set_json_loads
 from psycopg_pool import AsyncConnectionPool
 
 from agent.errors import StorageUnavailable
-from agent.settings import PostgresSettings
+from agent.settings import PostgresSettings, accepted
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ LIMIT_SECONDS = 8.0
 
 Parameters = Sequence[Any] | Mapping[str, Any]
 Result = TypeVar("Result")
-Pool = AsyncConnectionPool[AsyncConnection[DictRow]]
+
 
 # What the LangGraph saver expects of a connection (CREATE INDEX CONCURRENTLY needs autocommit).
 SAVER_CONNECTION: dict[str, Any] = {"autocommit": True, "row_factory": dict_row, "prepare_threshold": 0}
@@ -51,6 +52,32 @@ def conninfo(settings: PostgresSettings) -> str:
     )
 
 
+class Connection(AsyncConnection[Row]):
+    """A connection with any password that counts now: while it is rotated nobody knows which one the server has already."""
+
+    @classmethod
+    async def connect(cls, conninfo: str = "", **kwargs: Any) -> Self:
+        """`secret` is the password. Raises OperationalError."""
+        *first, last = accepted(kwargs.pop("secret"))
+        for password in first:
+            with suppress(OperationalError):
+                return await super().connect(conninfo, password=password, **kwargs)
+        return await super().connect(conninfo, password=last, **kwargs)
+
+
+Pool = AsyncConnectionPool[AsyncConnection[DictRow]]
+CONNECTION: type[AsyncConnection[DictRow]] = Connection
+
+
+def connected(settings: PostgresSettings, connect: Callable[[str], Result]) -> Result:
+    """Return what `connect` makes of a connection string: as Connection does, for programs without an event loop. Raises OperationalError."""
+    *first, last = accepted(settings.postgres_password)
+    for password in first:
+        with suppress(OperationalError):
+            return connect(make_conninfo(conninfo(settings), password=password))
+    return connect(make_conninfo(conninfo(settings), password=last))
+
+
 def create_pool(settings: PostgresSettings, *, checked: bool = True) -> Pool:
     """A closed pool. It may be opened while Postgres is away: it connects as soon as it can.
 
@@ -68,8 +95,8 @@ def create_pool(settings: PostgresSettings, *, checked: bool = True) -> Pool:
 
     pool = AsyncConnectionPool(
         conninfo(settings),
-        connection_class=AsyncConnection[DictRow],
-        kwargs=SAVER_CONNECTION,
+        connection_class=CONNECTION,
+        kwargs=SAVER_CONNECTION | {"secret": settings.postgres_password},
         min_size=2,
         max_size=8,
         open=False,

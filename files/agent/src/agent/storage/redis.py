@@ -3,10 +3,24 @@
 from typing import Any
 
 from redis.asyncio import BlockingConnectionPool, Redis
+from redis.credentials import CredentialProvider
 
 from agent.settings import Settings
 
 REDIS_SECONDS = 0.5
+
+
+class Credentials(CredentialProvider):
+    """The user and the password that counts when a connection is opened. While it is rotated, the server takes the one before it as well."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def get_credentials(self) -> tuple[str, str]:
+        return self._settings.redis_user, self._settings.redis_password.get_secret_value()
+
+    async def get_credentials_async(self) -> tuple[str, str]:
+        return self.get_credentials()
 
 
 def create_redis(settings: Settings, *, connections: int = 16, seconds: float = REDIS_SECONDS, blocking: bool = False) -> "Redis":
@@ -20,8 +34,7 @@ def create_redis(settings: Settings, *, connections: int = 16, seconds: float = 
         BlockingConnectionPool(
             host=settings.redis_host,
             port=settings.redis_port,
-            username=settings.redis_user,
-            password=settings.redis_password.get_secret_value(),
+            credential_provider=Credentials(settings),
             max_connections=connections,
             timeout=seconds,
             socket_connect_timeout=seconds,
