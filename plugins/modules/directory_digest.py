@@ -55,7 +55,7 @@ def directory_digest(paths: list[str], key: bytes) -> str:
     """Return the digest as 16 hexadecimal digits. Raises OSError for a file that cannot be read."""
     digest = hmac.new(key, digestmod=hashlib.sha256)
     for path in sorted(paths):
-        single = [(os.path.dirname(path), [], [os.path.basename(path)])] if os.path.isfile(path) else None
+        single: list[tuple[str, list[str], list[str]]] = [(os.path.dirname(path), [], [os.path.basename(path)])] if os.path.isfile(path) else []
         for directory, subdirectories, files in single or os.walk(path):
             subdirectories.sort()
             for name in sorted(files):
