@@ -77,7 +77,8 @@ def test_new_values_stand_beside_the_old_ones_until_the_end(file: Path) -> None:
     assert "changed=1" in rotate(file, "ended").stdout
     assert content(file)["agent_stack_secrets"] == new
     assert not content(file)["agent_stack_secrets_previous"]
-    assert content(file)["other"] == "stays"
+    other: Any = content(file)["other"]
+    assert other == "stays"
     assert "# a comment" in file.read_text()
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert "changed=0" in rotate(file, "ended").stdout
