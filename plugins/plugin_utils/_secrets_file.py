@@ -62,8 +62,12 @@ def edited(text: str, variable: str, values: Mapping[str, str], comment: str = "
         raise SecretsFileError(f"{variable} is no mapping")
     if isinstance(found, yaml.MappingNode) and found.value:
         changed = _edited_mapping(text, found, values)
+        if not values and not found.flow_style:
+            # Without it a block of nothing is no mapping, but null.
+            colon = next(key.end_mark.index for key, _value in entries if key.value == variable) + 1
+            changed = f"{changed[:colon]} {{}}{changed[colon:]}"
     else:
-        block = f"{variable}:\n" + "".join(f"  {_entry(name, value)}\n" for name, value in sorted(values.items()))
+        block = f"{variable}:{'' if values else ' {}'}\n" + "".join(f"  {_entry(name, value)}\n" for name, value in sorted(values.items()))
         if found is not None:
             start = next(key.start_mark.index for key, _value in entries if key.value == variable)
             changed = text[:start] + block + text[max(found.end_mark.index, start) :].lstrip(" ").removeprefix("\n")

@@ -76,7 +76,7 @@ def test_new_values_stand_beside_the_old_ones_until_the_end(file: Path) -> None:
     new = content(file)["agent_stack_secrets"]
     assert "changed=1" in rotate(file, "ended").stdout
     assert content(file)["agent_stack_secrets"] == new
-    assert not content(file)["agent_stack_secrets_previous"]
+    assert content(file)["agent_stack_secrets_previous"] == {}
     other: Any = content(file)["other"]
     assert other == "stays"
     assert "# a comment" in file.read_text()
