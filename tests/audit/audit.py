@@ -82,7 +82,7 @@ def tls_of(report: str) -> list[cis.Finding]:
 
 def judge_tls() -> list[cis.Finding]:
     demo.on_host("sh", "-ec", f"command -v testssl >/dev/null || {{ apt-get update -q >/dev/null; {TESTSSL}; }}")
-    options = "--quiet --color 0 --warnings off --add-ca /var/lib/pebble/roots.pem --jsonfile"
+    options = "--quiet --color 0 --warnings off --add-ca /var/lib/pebble/roots.pem --ip 127.0.0.1 --jsonfile"
     command = f"d=$(mktemp -d); testssl {options} $d/report.json {demo.DOMAIN}:443 >/dev/null 2>&1 || :; cat $d/report.json; rm -r $d"
     return tls_of(demo.on_host("sh", "-c", command))
 

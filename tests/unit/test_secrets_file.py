@@ -84,7 +84,7 @@ other: [1, 2]  # kept
         pytest.param("s:\nt: 1\n", {}, "s: {}\nt: 1\n", id="nothing, which is null"),
         pytest.param("s: {b: y}\n", {}, "s: {}\n", id="all less in a flow"),
         pytest.param("s:\n  b: y # why\n", {"b": "new"}, "s:\n  b: new # why\n", id="another value"),
-        pytest.param("s:\n  b: y\nt: 1\n", {}, "s:\nt: 1\n", id="none left"),
+        pytest.param("s:\n  b: y\nt: 1\n", {}, "s: {}\nt: 1\n", id="none left"),
         pytest.param("s:\n  b: |\n    y\n    z\n  c: z\n", {"c": "z"}, "s:\n  c: z\n", id="a long one less"),
         pytest.param(
             "s:\n  b: y\n", {"b": "y", "1": "no", "no": "1.5"}, "s:\n  '1': 'no'\n  'no': '1.5'\n  b: y\n", id="what YAML would take for something else"
