@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 ROLE = ROOT / "roles" / "agent"
 SERVICE = agent_settings.load()
 FIELDS = {**SERVICE.Settings.model_fields, **SERVICE.RetentionSettings.model_fields}
+# Which secrets the service cannot do without; it takes a file for each.
+REQUIRED = [SERVICE.variable(field, info) for field, info in FIELDS.items() if info.is_required()]
 SETTINGS = json.loads((ROLE / "vars" / "settings.json").read_text())
 PLAYBOOK = """
 - hosts: all
@@ -170,7 +172,7 @@ def service(environment: dict[str, str], secret: Path) -> dict[str, Any]:
 def refusal(environment: dict[str, str]) -> str:
     """Why the service does not take an environment, beside which it has its passwords; nothing if it does."""
     try:
-        service({"AGENT_POSTGRES_PASSWORD_FILE": "x", "AGENT_REDIS_PASSWORD_FILE": "x"} | environment, Path(__file__).parent / "data" / "one_line")
+        service(dict.fromkeys(REQUIRED, "x") | environment, Path(__file__).parent / "data" / "one_line")
     except SERVICE.SettingsError as error:
         return str(error)
     return ""
@@ -178,7 +180,7 @@ def refusal(environment: dict[str, str]) -> str:
 
 def test_the_roles_defaults_are_the_services(played: tuple[str, Path], tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("secret\n")
-    secrets = {f"AGENT_{name}_FILE": "x" for name in ("POSTGRES_PASSWORD", "REDIS_PASSWORD", "PROXY_SECRET")}
+    secrets = dict.fromkeys([*REQUIRED, "AGENT_PROXY_SECRET_FILE"], "x")
     assert service(services(played, "nothing")["agent"]["environment"], tmp_path / "secret") == service(secrets, tmp_path / "secret")
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ansible_collections.selfhosted.agent_stack.plugins.plugin_utils import _components
 from programs import ROOT
 
 pytestmark = pytest.mark.play
@@ -141,15 +142,9 @@ CHOICE = """
     - ansible.builtin.import_role: {{name: selfhosted.agent_stack.nginx_certbot, tasks_from: refused}}
     - ansible.builtin.import_role: {{name: selfhosted.agent_stack.monitoring, tasks_from: configure}}
 """
-NAMES = [
-    "agent_proxy_secret",
-    "nginx_certbot_password",
-    "postgres_agent_password",
-    "postgres_exporter_password",
-    "redis_agent_password",
-    "redis_exporter_password",
-]
-KEPT = ["monitoring_grafana_password", "postgres_backup_cipher_pass"]
+SECRETS = _components.secret_list(_components.load(ROOT / "roles").values())
+NAMES = [secret["name"] for secret in SECRETS if not secret["kept"]]
+KEPT = [secret["name"] for secret in SECRETS if secret["kept"]]
 
 
 @pytest.mark.parametrize(

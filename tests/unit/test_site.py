@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ansible_collections.selfhosted.agent_stack.plugins.plugin_utils import _components
 
 SITE = Path(__file__).resolve().parents[2] / "playbooks" / "site.yml"
 
@@ -55,3 +56,19 @@ def test_the_look_at_all_hosts_comes_before_any_change() -> None:
     (task,) = look["tasks"]
     assert task["ansible.builtin.import_role"] == {"name": "selfhosted.agent_stack.agent_stack", "tasks_from": "look"}
     assert task["tags"] == ["always"]
+
+
+def test_a_restore_knows_the_variables_of_every_role_that_the_stack_has() -> None:
+    """But for those of the host itself: a role that is missing there is not checked before the data is replaced."""
+    (site,) = (play for play in yaml.safe_load(SITE.read_text()) if play.get("name") == "Deploy the agent stack")
+    (restore,) = (play for play in yaml.safe_load((SITE.parent / "restore.yml").read_text()) if play.get("name") == "Restore")
+    of_the_host = {"selfhosted.agent_stack.host", "selfhosted.agent_stack.firewall"}
+    assert [role["role"] for role in restore["roles"]] == [role["role"] for role in site["roles"] if role["role"] not in of_the_host]
+
+
+def test_every_component_with_a_secret_that_is_rotated_has_its_part_in_the_rotation() -> None:
+    secrets = _components.secret_list(_components.load(SITE.parents[1] / "roles").values())
+    text = (SITE.parent / "rotate.yml").read_text()
+    owners = {secret["owner"] for secret in secrets if not secret["kept"]}
+    assert owners >= {"agent", "nginx_certbot", "postgres", "redis"}
+    assert {owner for owner in owners if f"name: selfhosted.agent_stack.{owner}\n" not in text} == set()

@@ -4,6 +4,7 @@ import asyncio
 import atexit
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -14,7 +15,7 @@ from langgraph.store.base import BaseStore
 from langgraph.types import Command
 
 from agent.llm.graph import create_graph
-from agent.settings import Settings
+from agent.settings import Settings, variable
 from agent.tools.toolbox import Toolbox
 from agent.tracing import Tracing
 from servers import Model
@@ -24,8 +25,17 @@ RUNNER = asyncio.Runner()
 atexit.register(RUNNER.close)
 
 
+# Passwords, all of them; whatever a new component needs is one more here by itself.
+REQUIRED = {name: info for name, info in Settings.model_fields.items() if info.is_required()}
+
+
 def settings(**values: Any) -> Settings:
-    return Settings.model_validate({"postgres_password": "x", "redis_password": "x", **values})
+    return Settings.model_validate({**dict.fromkeys(REQUIRED, "x"), **values})
+
+
+def secret_files(file: Path) -> dict[str, str]:
+    """The variables of the secrets that the service cannot do without, each with the same file."""
+    return {variable(name, info): str(file) for name, info in REQUIRED.items()}
 
 
 @dataclass

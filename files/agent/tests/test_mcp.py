@@ -14,7 +14,7 @@ from agent.settings import Settings, SettingsError
 from agent.tools import create_tools, serve_tools
 from agent.tools.mcp import McpServers
 from agent.tools.toolbox import Toolbox
-from graphs import RUNNER, Graph, settings
+from graphs import RUNNER, Graph, secret_files, settings
 from servers import McpServer, Model, free_port
 
 
@@ -178,7 +178,7 @@ def test_the_settings_decide(server: McpServer, enabled: bool) -> None:
 )
 def test_bad_settings_are_named(tmp_path: Path, value: str) -> None:
     (tmp_path / "secret").write_text("x")
-    environ = {f"AGENT_{name}_PASSWORD_FILE": str(tmp_path / "secret") for name in ("POSTGRES", "REDIS")}
+    environ = secret_files(tmp_path / "secret")
     with pytest.raises(SettingsError, match="AGENT_MCP_SERVERS=") as error:
         Settings.from_environment(environ | {"AGENT_MCP_SERVERS": value})
     assert "a JSON object" in str(error.value)

@@ -22,6 +22,7 @@ from agent.errors import ModelFailed, ModelUnavailable
 from agent.llm.model import ChatModel, ContextOverflow, create_model
 from agent.llm.turn import TURN, Turn
 from agent.settings import Settings
+from graphs import secret_files
 from servers import Model, find_program, free_port
 
 ASK: list[BaseMessage] = [SystemMessage("be brief"), HumanMessage("hello")]
@@ -667,8 +668,7 @@ def test_settings_alone_choose_the_server(guarded: Model, tmp_path: Path, key: s
         (tmp_path / name).write_text(text)
     settings = Settings.from_environment(
         {
-            "AGENT_POSTGRES_PASSWORD_FILE": str(tmp_path / "secret"),
-            "AGENT_REDIS_PASSWORD_FILE": str(tmp_path / "secret"),
+            **secret_files(tmp_path / "secret"),
             "AGENT_MODEL_BASE_URL": f"{guarded.url}/v1",
             "AGENT_MODEL_API_KEY_FILE": str(tmp_path / "key"),
             "AGENT_MODEL_EXTRA_BODY": '{"chat_template_kwargs": {"enable_thinking": false}}',

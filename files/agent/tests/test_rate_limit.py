@@ -22,6 +22,7 @@ from agent.errors import RateLimited
 from agent.metrics import Metrics
 from agent.settings import Settings
 from agent.storage.redis import create_redis
+from graphs import secret_files
 from servers import AGENT, ODD_PASSWORD, REDIS_COMMANDS, Redis
 
 WORKER = """
@@ -79,10 +80,9 @@ def environ(redis: Redis, tmp_path: Path) -> dict[str, str]:
     secret.write_text(ODD_PASSWORD)
     return {
         "PYTHONPATH": str(AGENT / "src"),
-        "AGENT_POSTGRES_PASSWORD_FILE": str(secret),
+        **secret_files(secret),
         "AGENT_REDIS_HOST": "127.0.0.1",
         "AGENT_REDIS_PORT": str(redis.port),
-        "AGENT_REDIS_PASSWORD_FILE": str(secret),
         "AGENT_RATE_LIMIT": "5/minute",
         "AGENT_CONCURRENT_RUNS": "0",
     }

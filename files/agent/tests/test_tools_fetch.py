@@ -19,7 +19,7 @@ from agent.settings import Settings, SettingsError
 from agent.tools.addresses import is_global
 from agent.tools.fetch import MAX_PAGE_BYTES, Fetcher, decode, extract, resolve
 from agent.wire import ConnectError, Connection
-from graphs import settings
+from graphs import secret_files, settings
 
 PUBLIC = "93.184.215.14"
 PAGE = b"<html><head><title>A page</title></head><body><p>Hello &amp; goodbye</p></body></html>"
@@ -285,7 +285,7 @@ class TestUrls:
     )
     def test_the_setting(self, tmp_path: Any, value: str, allowed: tuple[str, ...] | None) -> None:
         (tmp_path / "secret").write_text("x")
-        environ = {f"AGENT_{name}_PASSWORD_FILE": str(tmp_path / "secret") for name in ("POSTGRES", "REDIS")}
+        environ = secret_files(tmp_path / "secret")
         if allowed is None:
             with pytest.raises(SettingsError, match=r"AGENT_FETCH_ALLOW=.*host names"):
                 Settings.from_environment(environ | {"AGENT_FETCH_ALLOW": value})

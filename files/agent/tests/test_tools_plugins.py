@@ -4,7 +4,7 @@ import pytest
 
 from agent.settings import Settings, SettingsError
 from agent.tools import create_tools
-from graphs import Graph, settings
+from graphs import Graph, secret_files, settings
 from servers import Model
 
 GOOD = '''
@@ -72,9 +72,7 @@ def test_errors_name_the_file_and_what_is_wrong(tmp_path: Path, text: str | None
 
 @pytest.mark.parametrize("name", ["../loud", "/etc/passwd", "a.b", "loud.py", "x" * 65])
 def test_names_are_no_paths(plugin: Path, name: str) -> None:
-    environ = {"AGENT_TOOLS_DIR": str(plugin), "AGENT_TOOLS": name}
-    for secret in ("POSTGRES", "REDIS"):
-        environ[f"AGENT_{secret}_PASSWORD_FILE"] = str(plugin / "loud.txt")
+    environ = {"AGENT_TOOLS_DIR": str(plugin), "AGENT_TOOLS": name, **secret_files(plugin / "loud.txt")}
     (plugin / "loud.txt").write_text("x")
     with pytest.raises(SettingsError, match=r"AGENT_TOOLS=.*names of files in AGENT_TOOLS_DIR"):
         Settings.from_environment(environ)
