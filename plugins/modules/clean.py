@@ -61,7 +61,7 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
-removed:
+gone:
   description: What went, or in check mode would go - C(kind), C(name), C(size) in bytes, C(age_days).
   returned: success
   type: list
@@ -119,7 +119,7 @@ def main() -> None:
             failed.append(f"{item.name}: {error}")
     # Old caches may all be too young, which only the engine knows.
     changed = any(item["kind"] != "build cache" for item in gone) or freed > 0
-    module.exit_json(changed=changed, removed=gone, freed=freed, free=_clean.rooms(host, wish), failed_items=failed)
+    module.exit_json(changed=changed, gone=gone, freed=freed, free=_clean.rooms(host, wish), failed_items=failed)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ module = AnsibleModule(argument_spec={name: {"type": "raw"} for name in NAMES}, 
 given = {name: value for name, value in module.params.items() if value is not None and name != "footprint"}
 said = ["%s=%s" % (name, json.dumps(given[name])) for name in sorted(given)]
 item = {"kind": "model", "name": "old", "size": 2048, "age_days": 9}
-module.exit_json(changed=True, removed={"given": said}, kept=["the data"], items=[item], freed=2048, free={"/data": 4096}, failed_items=said)
+module.exit_json(changed=True, removed={"given": said}, kept=["the data"], gone=[item], freed=2048, free={"/data": 4096}, failed_items=said)
 """
 HOSTS: dict[str, dict[str, Any]] = {
     "plain": {},
