@@ -81,6 +81,15 @@ def tls_of(report: str) -> list[cis.Finding]:
 
 
 def judge_tls() -> list[cis.Finding]:
+    """What it finds twice, where a check of its own failed the first time: one lost connection is no finding."""
+    found = ask_testssl()
+    if any(finding.words.startswith("WARN: check failed") for finding in found):
+        again = {finding.rule for finding in ask_testssl()}
+        found = [finding for finding in found if finding.rule in again]
+    return found
+
+
+def ask_testssl() -> list[cis.Finding]:
     demo.on_host("sh", "-ec", f"command -v testssl >/dev/null || {{ apt-get update -q >/dev/null; {TESTSSL}; }}")
     options = "--quiet --color 0 --warnings off --add-ca /var/lib/pebble/roots.pem --ip 127.0.0.1 --jsonfile"
     command = f"d=$(mktemp -d); testssl {options} $d/report.json {demo.DOMAIN}:443 >/dev/null 2>&1 || :; cat $d/report.json; rm -r $d"
