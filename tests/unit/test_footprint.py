@@ -33,7 +33,7 @@ HARMLESS = {
     *("openssl_csr_pipe", "gpu_vram_info", "vllm_health", "vllm_plan", "postgresql_query", "apt", "systemd_service", "deb822_repository"),
     # Below the stack's own directories, or on the controller.
     *("vllm_swap", "docker_compose_v2", "docker_network", "postgresql_user", "postgresql_db", "postgresql_membership", "api_key_file", "generated_secrets"),
-    *("file_tree", "uninstall", "clean"),
+    *("rotated_secrets", "file_tree", "uninstall", "clean"),
     # Read what is there.
     *("server_check", "wait_for_connection"),
     # Checked by its name below.
