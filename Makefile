@@ -160,7 +160,7 @@ agent-unit: agent-venv
 ## make agent-test    the agent service against real Postgres and Redis
 .PHONY: agent-test
 agent-test: agent-venv packages
-	$(PART) $@ bash -c 'cd files/agent && $(CURDIR)/.cache/agent-venv/bin/python -m pytest -q -n 4 --dist loadfile -m server'
+	$(PART) $@ bash -c 'cd files/agent && $(CURDIR)/.cache/agent-venv/bin/python -m pytest -q -n 3 --dist loadfile -m server'
 
 ## make ansible-lint  ansible-lint, profile production
 .PHONY: ansible-lint
