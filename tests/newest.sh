@@ -21,6 +21,5 @@ play --check --diff
 play
 play
 grep -Eq "^$host +: .*changed=0 .*failed=0 " .cache/parts/newest-play.log || { echo "error: the second run changed something" >&2; exit 1; }
-# `make test` has run the unit tests with the core of the tools' environment.
-python tools/versions.py --inventory $inventory --units-seen "$(python -c 'import ansible.release; print(".".join(ansible.release.__version__.split(".")[:2]))')"
+python tools/versions.py --inventory $inventory --after-make-test
 python tools/host/host.py down $host --keep-images

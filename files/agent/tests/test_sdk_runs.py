@@ -448,12 +448,15 @@ def test_many_at_once_lose_nothing(agent: Agent, client: SyncLangGraphClient) ->
 # Without a thread
 
 
-def test_stateless_runs(agent: Agent) -> None:
+@pytest.fixture
+def alone(agent: Agent) -> Iterator[SyncLangGraphClient]:
+    """A user who has no threads."""
     with connect(agent, user=f"owner-{uuid.uuid4().hex[:8]}") as client:
-        _without_a_thread(client)
+        yield client
 
 
-def _without_a_thread(client: SyncLangGraphClient) -> None:
+def test_stateless_runs(alone: SyncLangGraphClient) -> None:
+    client = alone
     created: list[Any] = []
     before = client.threads.count()
     values = say(client, None, "hello", on_run_created=created.append)

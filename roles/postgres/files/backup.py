@@ -144,20 +144,8 @@ class Host:
         environment |= {"PGBACKREST_PG1_PATH": cluster} if cluster else {}
         return self._run(
             *("docker", "run", "--rm", "--read-only", "--tmpfs", "/tmp:size=64m", "--cap-drop", "ALL", "--security-opt", "no-new-privileges:true"),  # noqa: S108
-            *(
-                "--user",
-                f"{config.uid}:{config.uid}",
-                "--network",
-                config.network,
-                "--pull",
-                "never",
-                "--memory",
-                "1g",
-                "--pids-limit",
-                "256",
-                "--shm-size",
-                "256m",
-            ),
+            *("--user", f"{config.uid}:{config.uid}", "--network", config.network, "--pull", "never"),
+            *("--memory", "1g", "--pids-limit", "256", "--shm-size", "256m"),
             *(word for mount in mounts for word in ("--volume", mount)),
             *(word for name, value in environment.items() for word in ("--env", f"{name}={value}")),
             *("--entrypoint", command[0], config.image, *command[1:]),

@@ -144,10 +144,10 @@ class SecretFile(SecretStr):
         self._refresh()
         return self._secret_value
 
-    def get_previous_value(self) -> str:
-        """Return the value that counts as well, or nothing."""
+    def get_values(self) -> tuple[str, ...]:
+        """Return the values that count now, the current one first."""
         self._refresh()
-        return self._previous
+        return (self._secret_value, self._previous) if self._previous else (self._secret_value,)
 
     def _refresh(self) -> None:
         stamps = tuple(_stamp(path) for path in self._paths)
@@ -163,9 +163,7 @@ class SecretFile(SecretStr):
 
 def accepted(secret: SecretStr) -> tuple[str, ...]:
     """Return the values of a secret that count now: the current one first, then the one before it while that is rotated."""
-    value = secret.get_secret_value()
-    previous = secret.get_previous_value() if isinstance(secret, SecretFile) else ""
-    return (value, previous) if previous else (value,)
+    return secret.get_values() if isinstance(secret, SecretFile) else (secret.get_secret_value(),)
 
 
 class PostgresSettings(BaseModel):

@@ -1,6 +1,6 @@
 """Assistants: the agent as it was deployed, which nobody changes, and the configurations of it that a caller has made."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
@@ -164,8 +164,7 @@ def _check_graph(graph_id: str) -> None:
 async def search_assistants(request: Request, asked: AssistantSearch) -> Json:
     """The newest first, unless asked otherwise. X-Pagination-Next has the offset of the next page."""
     found = await _found(request, asked)
-    order: Callable[[dict[str, Any]], Any] = lambda each: (each[asked.sort_by or "created_at"], each["assistant_id"])  # noqa: E731
-    found.sort(key=order, reverse=asked.sort_order != "asc")
+    found.sort(key=lambda each: (each[asked.sort_by or "created_at"], each["assistant_id"]), reverse=asked.sort_order != "asc")
     page = found[asked.offset : asked.offset + asked.limit]
     more = asked.offset + asked.limit < len(found)
     return Json([pick(each, asked.select) for each in page], headers={"X-Pagination-Next": str(asked.offset + asked.limit)} if more else None)

@@ -94,10 +94,15 @@ def _text(content: str | Sequence[TextBlock | AnyTextBlock]) -> str:
 def _call(call: Call | FunctionCall) -> dict[str, Any]:
     if isinstance(call, Call):
         return {"name": call.name, "args": call.args, "id": call.id, "type": "tool_call"}
+    return called_function(call.id, call.function.name, call.function.arguments)
+
+
+def called_function(call_id: str, name: str, text: str) -> dict[str, Any]:
+    """A call that OpenAI's API writes, in the form that LangChain reads. `text` are its arguments. Raises InvalidRequest."""
     try:
-        arguments = orjson.loads(call.function.arguments) if call.function.arguments else {}
+        arguments = orjson.loads(text) if text else {}
     except orjson.JSONDecodeError:
         arguments = None
     if not isinstance(arguments, dict):
         raise InvalidRequest("messages: the arguments of a tool call must be a JSON object.")
-    return {"name": call.function.name, "args": arguments, "id": call.id, "type": "tool_call"}
+    return {"name": name, "args": arguments, "id": call_id, "type": "tool_call"}

@@ -5,10 +5,10 @@ from typing import Any
 
 import orjson
 
+from agent.api.messages import called_function
 from agent.api.openai_schemas import (
     MAX_METADATA_BYTES,
     Answer,
-    Call,
     Completion,
     ImagePart,
     Instruction,
@@ -74,7 +74,8 @@ def messages_of(given: Iterable[Instruction | Question | Answer | Result]) -> li
                     messages.append({"role": "user", "content": content})
             case Answer():
                 _instruct(messages, instructions)
-                text, calls = _text(message.content) or message.refusal or "", [_call(call) for call in message.tool_calls or ()]
+                text = _text(message.content) or message.refusal or ""
+                calls = [called_function(call.id, call.function.name, call.function.arguments) for call in message.tool_calls or ()]
                 if text or calls:  # an answer that was stopped at once is empty
                     messages.append({"role": "assistant", "content": text} | ({"tool_calls": calls} if calls else {}))
             case Result():
@@ -124,16 +125,6 @@ def _join(before: Any, after: Any) -> Any:
 
 def _text_of(content: Any) -> str:
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
-
-
-def _call(call: Call) -> dict[str, Any]:
-    try:
-        arguments = orjson.loads(call.function.arguments) if call.function.arguments else {}
-    except orjson.JSONDecodeError:
-        arguments = None
-    if not isinstance(arguments, dict):
-        raise InvalidRequest("messages: the arguments of a tool call must be a JSON object.")
-    return {"name": call.function.name, "args": arguments, "id": call.id, "type": "tool_call"}
 
 
 def _check_results(messages: Sequence[dict[str, Any]]) -> None:
