@@ -1,4 +1,4 @@
-"""Print the settings of a pip.conf as exports for a shell, in uv's names: uv installs ten times faster, but reads no pip.conf.
+"""Print the settings of a pip.conf as exports for a shell, in uv's names: uv installs faster, but reads no pip.conf.
 
     eval "$(python3 uv_settings.py /etc/pip.conf)"
 
